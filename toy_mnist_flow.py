@@ -32,6 +32,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import json
 import math
@@ -259,7 +260,7 @@ def download_mnist(data_dir: Path, timeout: float = 10.0, limit: float = 60.0) -
                         data += chunk
                 if hashlib.md5(data).hexdigest() != md5:
                     raise OSError("wrong checksum")
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 problems.append(f"{mirror}: {getattr(error, 'reason', error)}")
                 continue
             (data_dir / f"{name}.part").write_bytes(data)
@@ -577,7 +578,7 @@ def pairwise_diversity(features: Tensor) -> Tensor:
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Fréchet distance of Gaussians fitted to features [N,D] and [M,D] (Heusel et al. 2017; here the judge's)."""
-    a, b = features_a.double().cpu(), features_b.double().cpu()
+    a, b = features_a.cpu().double(), features_b.cpu().double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
@@ -587,9 +588,15 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    velocity: nn.Module, models: nn.ModuleDict, rewards_of: Callable[[Tensor], Tensor], targets: list[int],
-    real_features: Tensor, noise: Tensor, base_latents: Tensor, num_steps: int,
-) -> tuple[dict[str, float], Tensor]:  # fmt: skip
+    velocity: nn.Module,
+    models: nn.ModuleDict,
+    rewards_of: Callable[[Tensor], Tensor],
+    targets: list[int],
+    real_features: Tensor,
+    noise: Tensor,
+    base_latents: Tensor,
+    num_steps: int,
+) -> tuple[dict[str, float], Tensor]:
     """Every eval/* figure of a velocity network on fixed noise [N,24]; returns them and the images [N,1,28,28].
 
     real_features [M,64] are the judge's features of real digits of the target classes; base_latents [N,24] are samples
@@ -721,13 +728,13 @@ def plot_tradeoff(curves: dict[str, list[dict]], path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- checkpoint
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
-    """Write `state` into checkpoints/ under a temporary name, rename it, keep the newest few. Raises InputError when
-    the folder cannot be written; the earlier checkpoints stay."""
-    path = run_dir / "checkpoints" / f"{state['method']}-{state['iteration']:06d}.pt"
+def save_checkpoint(run_dir: Path, progress: dict, parts: dict) -> None:
+    """Write `progress` and the state of `parts` (modules, optimiser) into checkpoints/: temporary name, then rename;
+    keeps the newest few. Raises InputError when the folder cannot be written; the earlier checkpoints stay."""
+    path = run_dir / "checkpoints" / f"{progress['method']}-{progress['iteration']:06d}.pt"
     try:
         path.parent.mkdir(exist_ok=True)
-        torch.save(state, path.with_suffix(".part"))
+        torch.save(progress | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
     except (OSError, RuntimeError) as error:
         raise InputError(f"--output-dir: {path} cannot be written ({error}); make room, then --resume") from error
@@ -878,12 +885,12 @@ def main(args: Args) -> None:
     real_features = models["judge"](images[torch.isin(labels, torch.tensor(targets, device=device))][:10_000])[1]
     fixed = (models, rewards_of, targets, real_features, eval_noise, base_latents, args.num_steps)
     base, final_images = evaluate(reference, *fixed)
-    subgroups = args.group_size // args.subgroup_size
+    groups = args.group_size // args.subgroup_size
     print(
         f"reward model and judge are right on {info['classifier_accuracy']:.1%} and {info['judge_accuracy']:.1%} of "
         f"held-out digits; base model: reward {base['reward']:.3f}, diversity {base['diversity']:.3f}\n"
-        f"per method {args.iterations} iterations of {args.group_size} samples ({subgroups} subgroups for raft and dpo) "
-        f"and {args.updates_per_iteration} updates"
+        f"per method {args.iterations} iterations of {args.group_size} samples ({groups} subgroups for raft, dpo) and "
+        f"{args.updates_per_iteration} updates"
     )
 
     def save_samples(name: str, images: Tensor) -> None:
@@ -900,7 +907,7 @@ def main(args: Args) -> None:
         network = copy.deepcopy(reference).requires_grad_(True)
         policy = copy.deepcopy(reference)  # moving average of `network`: the previous policy, and what is evaluated
         optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        writer = SummaryWriter(run_dir / method, purge_step=checkpoint.get("iteration"))
+        parts = {"network": network, "policy": policy, "optimizer": optimizer}
         first, seconds, metrics, network_share = 0, 0.0, base, []
         offline = method == "dpo" and not args.dpo_online
         if offline:
@@ -908,10 +915,11 @@ def main(args: Args) -> None:
             pool = sample(reference, noise, args.num_steps)
             pool_rewards = rewards_of(autoencoder.decode(pool))
         if checkpoint.get("method") == method:
-            for name, part in (("network", network), ("policy", policy), ("optimizer", optimizer)):
+            for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             first, seconds = checkpoint["iteration"], checkpoint["seconds"]
-        else:
+        writer = SummaryWriter(run_dir / method, purge_step=first)
+        if first == 0:
             log(metrics_path, writer, method, 0, {f"eval/{tag}": value for tag, value in base.items()})
 
         bar = tqdm(range(first, args.iterations), f"{method:7s}", initial=first, total=args.iterations, mininterval=0.5)
@@ -920,7 +928,7 @@ def main(args: Args) -> None:
             started = synchronized_time(device)
             generator = seed_everything(args.seed, METHODS.index(method), iteration + 1)
             if offline:
-                rows = torch.randint(len(pool) // args.subgroup_size, (subgroups,), generator=generator).to(device)
+                rows = torch.randint(len(pool) // args.subgroup_size, (groups,), generator=generator).to(device)
                 latents = pool.view(-1, args.subgroup_size, LATENT_SIZE)[rows].flatten(0, 1)
                 rewards = pool_rewards.view(-1, args.subgroup_size)[rows].flatten()
                 rolled_out = synchronized_time(device)
@@ -949,7 +957,7 @@ def main(args: Args) -> None:
             # 3. Updates on this rollout, each with fresh noise and times.
             warmup, decay = min(1.0, (iteration + 1) / 5), (1 + math.cos(math.pi * iteration / args.iterations)) / 2
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * (0.05 + 0.95 * decay)
-            sums, failure = torch.zeros(4, device=device), ""
+            sums = torch.zeros(4, device=device)
             for _ in range(args.updates_per_iteration):
                 noise, t = noise_and_time(len(x1), generator, device)
                 if method == "dpo":  # a pair shares its noise and time
@@ -971,8 +979,13 @@ def main(args: Args) -> None:
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                 if not (loss + grad_norm).isfinite():
-                    failure = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
-                    break  # before the step: the weights are still good
+                    # Before the step: the weights are still good.
+                    progress = {"method": method, "iteration": iteration, "seconds": seconds, "results": results}
+                    save_checkpoint(run_dir, progress, parts)
+                    raise InputError(
+                        f"{method}, iteration {iteration}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; the weights "
+                        "before this step are saved. Lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
+                    )
                 optimizer.step()
                 update_average(policy, network, args.ema_decay)
                 with torch.no_grad():
@@ -981,7 +994,7 @@ def main(args: Args) -> None:
             seconds += updated - started
 
             # 4. Log, evaluate, save.
-            done, last = iteration + (not failure), iteration + 1 == args.iterations
+            done, last = iteration + 1, iteration + 1 == args.iterations
             means = (sums / args.updates_per_iteration).tolist()
             record |= {"losses/total": means[0], "losses/flow_matching": means[1], "losses/grad_norm": means[3]}
             if method not in ("raft", "orw"):
@@ -1000,19 +1013,13 @@ def main(args: Args) -> None:
             log(metrics_path, writer, method, done, record)
             figures = {"reward": record["reward/mean"], "diversity": metrics["diversity"], "w2": metrics["w2"]}
             bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
-            if last and not failure:
+            if last:
                 results[method] = metrics | {"seconds": seconds, "network_share": float(np.median(network_share))}
                 save_samples(method, final_images)
                 save_file(policy.state_dict(), run_dir / "final" / f"{method}.safetensors")
-            if last or failure or done % args.save_every == 0:
-                state = {"method": method, "iteration": done, "seconds": seconds, "results": results}
-                state |= {"network": network.state_dict(), "policy": policy.state_dict()}
-                state |= {"optimizer": optimizer.state_dict()}
-                save_checkpoint(run_dir, state)
-            if failure:
-                saved = f"The weights before it are saved in {run_dir}"
-                remedy = "lower --learning-rate, or raise --beta0 or --alpha, or lower --beta-dpo"
-                raise InputError(f"{method} stopped at iteration {iteration}: {failure}. {saved}; {remedy}")
+            if last or done % args.save_every == 0:
+                progress = {"method": method, "iteration": done, "seconds": seconds, "results": results}
+                save_checkpoint(run_dir, progress, parts)
         writer.close()
 
     # The whole run in two pictures and one table.
@@ -1034,3 +1041,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: --resume latest continues from the newest checkpoint")
