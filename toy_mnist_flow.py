@@ -17,7 +17,7 @@ Where this departs from the paper, or the paper is silent:
 - A is not clipped by default (the paper clips for stability; its range for images is not published): see --adv-clip-k.
 - The previous policy, which draws x1, is the moving average of the trained weights, for every method: it steadies all
   of them. --ema-decay 0 gives the plain previous policy.
-- Flow in the latent space of a small autoencoder, not in pixels: better digits for a tenth of the computation.
+- Flow in the latent space of a small autoencoder, not in pixels: cheap enough for five methods in minutes on a CPU.
 
     python toy_mnist_flow.py                                                # all five methods
     python toy_mnist_flow.py --methods adrpo orw-w2 --beta0 0.1 --alpha 0.3 --seed 2
@@ -84,6 +84,11 @@ KEEP_CHECKPOINTS = 2
 
 class InputError(ValueError):
     """Something the user gave cannot work. Its message is one line that names the flag and the remedy."""
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclasses.dataclass
@@ -154,12 +159,13 @@ class Args:
     # --------------------------------------------------------------------------------------------------- baselines
     tau: float = 30.0
     """orw, orw-w2: weight exp(tau R), normalised to mean 1 (ORW-CFM-W2 shows 10; 30 collapses within this budget)"""
-    alpha: float = 0.3
-    """orw-w2: fixed divergence weight (ORW-CFM-W2 recommends 0.3); orw is alpha = 0"""
+    alpha: float = 0.2
+    """orw-w2: fixed divergence weight (ours: comes nearest to adrpo's reward in our sweep; ORW-CFM-W2 recommends 0.3);
+    orw is alpha = 0"""
     subgroup_size: int = 8
     """raft, dpo: the rollout is cut into groups of this many; raft keeps the best of each, dpo the best and worst"""
-    beta_dpo: float = 30.0
-    """dpo: inverse temperature (ours, the best of the benchmark's sweep; flow_grpo's SD3 preset has 100)"""
+    beta_dpo: float = 100.0
+    """dpo: inverse temperature (flow_grpo's SD3 preset). Smaller: further from the base model"""
     dpo_online: bool = False
     """dpo: draw the pairs from the policy at every iteration instead of once from the base model"""
 
@@ -190,7 +196,7 @@ def parse_reward(spec: str) -> tuple[list[int], Callable | None]:
         module_spec.loader.exec_module(module)
         return list(range(10)), getattr(module, name)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"--reward {spec}: its function cannot be imported ({reason}); mend it") from error
 
 
@@ -206,7 +212,7 @@ def score(spec: str, plugin: Callable | None, classifier: nn.Module, targets: li
         rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}"
+        where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {one_line(error)}"
         raise InputError(f"--reward {spec}: raised {where}") from error
     if rewards.shape != (count,):
         raise InputError(f"--reward {spec}: returned shape {list(rewards.shape)} for {count} images; one float each")
@@ -239,7 +245,12 @@ def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
         files = [data_dir / name for name in names if (data_dir / name).is_file()]
         if len({file.name.removesuffix(".gz") for file in files}) == 2:
             images, labels = read_idx(files[0]), read_idx(files[-1])
-            if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() > 9:
+            if (
+                images.shape[1:] != (28, 28)
+                or labels.shape != images.shape[:1]
+                or not 0 < labels.size
+                or labels.max() > 9
+            ):
                 found = f"{list(images.shape)} and {list(labels.shape)}"
                 raise InputError(f"--data-dir {data_dir}: the {part} pair is not 28x28 digits with labels ({found})")
             pairs.append((images, labels))
@@ -280,7 +291,10 @@ def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
             arrays = read_mnist(Path(data_dir))
         except (InputError, OSError) as error:
             if dataset == "mnist":
-                raise InputError(str(error)) from error
+                reason = (
+                    f"--data-dir {data_dir}: cannot be written ({error})" if isinstance(error, OSError) else str(error)
+                )
+                raise InputError(reason) from error
             print(f"MNIST is not in {data_dir} and cannot be downloaded: using the digits bundled with scikit-learn")
     if arrays is not None:
         return torch.tensor(arrays[0]).float()[:, None] / 255, torch.tensor(arrays[1]).long(), "mnist"
@@ -461,7 +475,7 @@ def load_pretrained(spec: str, models: nn.ModuleDict, data_name: str) -> dict:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
             models.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = one_line(error)[-160:]
         remedy = "give a finished run's folder, or leave the flag out to train anew"
         raise InputError(f"--pretrained {spec}: no networks of this script in {path} ({reason}); {remedy}") from error
     if info.get("dataset") != data_name:
@@ -748,8 +762,8 @@ def load_checkpoint(run_dir: Path) -> dict:
     try:
         return torch.load(files[-1], map_location="cpu", weights_only=True) if files else {}
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--resume: {files[-1]} cannot be read ({reason}); delete it to use the one before") from error
+        remedy = "delete it to use the one before"
+        raise InputError(f"--resume: {files[-1]} cannot be read ({one_line(error)}); {remedy}") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -786,8 +800,7 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used ({reason}); try auto or cpu") from error
+        raise InputError(f"--device {name}: cannot be used ({one_line(error)}); try auto or cpu") from error
     units = torch.cpu.get_capabilities()
     native = {"cpu": bool(units.get("avx512_bf16") or units.get("amx_bf16"))}
     if device.type == "cuda":
@@ -805,8 +818,10 @@ def find_run(args: Args) -> tuple[Args, Path]:
         folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
     if not (folder / "args.json").is_file():
         raise InputError(f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)")
-    stored = json.loads((folder / "args.json").read_text())["args"]
-    stored = Args(**stored | {"methods": tuple(stored["methods"])})
+    record = json.loads((folder / "args.json").read_text())
+    if record.get("script") != SCRIPT:
+        raise InputError(f"--resume {args.resume}: is a run of {record.get('script')}, not of {SCRIPT}")
+    stored = Args(**record["args"] | {"methods": tuple(record["args"]["methods"])})
     for field in dataclasses.fields(Args):
         given, kept, flag = getattr(args, field.name), getattr(stored, field.name), field.name.replace("_", "-")
         if field.name not in ("resume", "output_dir") and given not in (field.default, kept):
@@ -826,11 +841,14 @@ def create_run(args: Args) -> Path:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv, "versions": versions}
     try:
-        for sub in ("samples", "final"):
-            (folder / sub).mkdir(parents=True)
+        folder.mkdir(parents=True)
+        for name in ("samples", "final"):
+            (folder / name).mkdir()
         (folder / "args.json").write_text(json.dumps(record | {"git_commit": commit}, indent=2))
     except FileExistsError as error:
-        raise InputError(f"--run-name {name}: {folder} exists; take another name, or --resume {folder}") from error
+        raise InputError(
+            f"--run-name {folder.name}: {folder} exists; take another name, or --resume {folder}"
+        ) from error
     except OSError as error:
         raise InputError(f"--output-dir {args.output_dir}: cannot be written ({error}); name another folder") from error
     return folder
@@ -869,9 +887,8 @@ def main(args: Args) -> None:
     run_dir = run_dir or create_run(args)
     print(f"{run_dir}: {len(images)} {data_name} images, {device}, {'bf16' if bf16 else 'fp32'}")
     if not source:
-        info |= pretrain(args, images, labels, models, generator) | {
-            "pretrain_seconds": time.perf_counter() - start_time
-        }
+        info |= pretrain(args, images, labels, models, generator)
+        info["pretrain_seconds"] = time.perf_counter() - start_time
     save_pretrained(run_dir / "pretrained.safetensors", models, info)
     models.requires_grad_(False)
     reference, autoencoder = models["flow"], models["autoencoder"]
@@ -918,8 +935,9 @@ def main(args: Args) -> None:
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             first, seconds = checkpoint["iteration"], checkpoint["seconds"]
-        writer = SummaryWriter(run_dir / method, purge_step=first)
-        if first == 0:
+            writer = SummaryWriter(run_dir / method, purge_step=first + 1)  # drop what was logged after the checkpoint
+        else:
+            writer = SummaryWriter(run_dir / method, purge_step=0)
             log(metrics_path, writer, method, 0, {f"eval/{tag}": value for tag, value in base.items()})
 
         bar = tqdm(range(first, args.iterations), f"{method:7s}", initial=first, total=args.iterations, mininterval=0.5)

@@ -104,19 +104,24 @@ def main(runs: Path, out: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(16, 5))
     panels = (("reward", "relative_diversity"), ("reward", "w2"), ("judge_reward", "frechet"))
     for axis, (x, y) in zip(axes, panels, strict=True):
-        for method in (*COLOURS, "base"):
+        for method, colour in COLOURS.items():
             line = sorted((m for m in means if m["method"] == method), key=lambda m: m["strength"])
-            colour, marker = COLOURS.get(method, "black"), "D" if method == "base" else "o"
             xs, ys = [m[x] for m in line], [m[y] for m in line]
             errors = {"xerr": [m[f"{x}_se"] for m in line], "yerr": [m[f"{y}_se"] for m in line]}
-            axis.errorbar(xs, ys, **errors, color=colour, marker=marker, capsize=2, label=method)
-            if x == "reward" and y == "relative_diversity" and len(line) > 1:
-                for m in line:
-                    point = (m[x], m[y])
-                    axis.annotate(f"{m['strength']:g}", point, textcoords="offset points", xytext=(4, 4), fontsize=7)
-        axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+            axis.errorbar(xs, ys, **errors, color=colour, marker="o", capsize=2, label=method)
+            for m in line if len(line) > 1 else []:
+                point = (m[x], m[y])
+                axis.annotate(f"{m['strength']:g}", point, textcoords="offset points", xytext=(5, 5), fontsize=7)
+        base = next(m for m in means if m["method"] == "base")
+        if base[y] > 0:
+            axis.axhline(
+                base[y], color="black", linestyle=":", linewidth=1, label=f"base (reward {base['reward']:.2f})"
+            )
+        axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xlim=(0.7, 1.015))
         axis.grid(alpha=0.25)
-    axes[0].legend()
+    axes[1].set_yscale("log")
+    axes[2].set_yscale("log")
+    axes[0].legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(f"{out}.png", dpi=110)
 

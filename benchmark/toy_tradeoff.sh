@@ -14,7 +14,7 @@ one_seed() {
     local seed=$1 base="$runs/seed$1-default"
     # The default run trains the seed's base model; the others start from the same one.
     "${toy[@]}" --seed "$seed" --run-name "seed$seed-default"
-    local strengths=("0.01 0.03 10" "0.02 0.1 100" "0.03 0.2 300" "0.1 0.5 1000" "0.2 1.0 -")
+    local strengths=("0.01 0.03 10" "0.02 0.1 30" "0.03 0.3 300" "0.1 0.5 1000" "0.2 1.0 -")
     for strength in "${strengths[@]}"; do
         read -r beta0 alpha beta_dpo <<<"$strength"
         local methods=(adrpo orw-w2) dpo=()

@@ -1,0 +1,38 @@
+"""Mean and standard error over seeds of runs named SETTING--seedN.
+
+python benchmark/ablation_table.py RUNS_DIR OUT.md
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+FIGURES = ("reward", "judge_reward", "diversity", "relative_diversity", "classes", "frechet", "w2", "seconds")
+
+
+def main(runs: Path, out: Path) -> None:
+    groups, commits = defaultdict(list), set()
+    for path in sorted(runs.glob("*--seed*/summary.json")):
+        summary = json.loads(path.read_text())
+        commits.add(json.loads((path.parent / "args.json").read_text())["git_commit"][:8])
+        for method, result in summary["methods"].items():
+            result["relative_diversity"] = result["diversity"] / summary["base"]["diversity"]
+            groups[path.parent.name.split("--")[0], method].append([result[figure] for figure in FIGURES])
+    lines = [f"| setting | method | seeds | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 3) + "|"]
+    for (setting, method), rows in groups.items():
+        values = np.array(rows)
+        errors = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(len(FIGURES), np.nan)
+        cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(values.mean(axis=0), errors, strict=True)]
+        lines.append(f"| {setting} | {method} | {len(values)} | {' | '.join(cells)} |")
+    lines.append(f"\nMean ± standard error, commit {', '.join(sorted(commits))}.\n")
+    out.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
