@@ -245,12 +245,8 @@ def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
         files = [data_dir / name for name in names if (data_dir / name).is_file()]
         if len({file.name.removesuffix(".gz") for file in files}) == 2:
             images, labels = read_idx(files[0]), read_idx(files[-1])
-            if (
-                images.shape[1:] != (28, 28)
-                or labels.shape != images.shape[:1]
-                or not 0 < labels.size
-                or labels.max() > 9
-            ):
+            pair = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1] and labels.size > 0
+            if not pair or labels.max() > 9:
                 found = f"{list(images.shape)} and {list(labels.shape)}"
                 raise InputError(f"--data-dir {data_dir}: the {part} pair is not 28x28 digits with labels ({found})")
             pairs.append((images, labels))
