@@ -3,7 +3,7 @@
 # benchmark/toy_tradeoff.sh (its RUNS_DIR).
 #   bash benchmark/toy_ablation.sh RUNS_DIR OUT_DIR [flags for toy_mnist_flow.py, such as --data-dir DIR]
 # then: python benchmark/ablation_table.py OUT_DIR benchmark/results/toy_ablation.md
-# SEEDS="1 2" changes the seeds. About 8 minutes on two cores.
+# SEEDS="1 2" and JOBS=1 (processes at a time, one thread each) change the size. About 8 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=$1 out=$2
@@ -25,7 +25,7 @@ one_seed() {
 }
 
 for seed in ${SEEDS:-1 2 3}; do
-    while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
     one_seed "$seed" >"$out/seed$seed.log" 2>&1 &
 done
 wait
