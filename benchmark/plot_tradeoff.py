@@ -58,11 +58,11 @@ def _is_adrpo(row: dict, seed: int) -> bool:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the finite values; nan when there are none."""
+    """Mean and standard error of the finite values; nan when there are fewer than two."""
     finite = np.array([value for value in values if np.isfinite(value)])
-    if len(finite) == 0:
+    if len(finite) < 2:
         return float("nan"), float("nan")
-    return finite.mean(), finite.std(ddof=1) / np.sqrt(len(finite)) if len(finite) > 1 else float("nan")
+    return finite.mean(), finite.std(ddof=1) / np.sqrt(len(finite))
 
 
 def main(runs: Path, out: Path) -> None:
