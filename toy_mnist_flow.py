@@ -15,16 +15,17 @@ are equally right, so whatever diversity a method loses, it loses for nothing.
 
 Where this departs from the paper, or the paper is silent:
 - A is not clipped by default (the paper clips for stability; its range for images is not published): see --adv-clip-k.
-- The previous policy, which draws x1, is the moving average of the trained weights, for every method: it steadies all
-  of them. --ema-decay 0 gives the plain previous policy.
+- The previous policy, which draws x1, is a short moving average of the trained weights, for every method (ours);
+  --ema-decay 0 gives the plain previous policy.
 - Flow in the latent space of a small autoencoder, not in pixels: cheap enough for five methods in minutes on a CPU.
 
     python toy_mnist_flow.py                                                # all five methods
     python toy_mnist_flow.py --methods adrpo orw-w2 --beta0 0.1 --alpha 0.3 --seed 2
     python toy_mnist_flow.py --pretrained runs/NAME --methods adrpo --reward digit:7
 
-Under four minutes on two CPU cores, 1 GB of memory; a GPU is used where torch finds one. Data: MNIST from --data-dir or
-downloaded, else the digits bundled with scikit-learn. Equations, metrics, results: docs/toy_mnist_flow.md.
+About four minutes on two free CPU cores (beside other work set OMP_WAIT_POLICY=PASSIVE), 1.5 GB of memory; a GPU is
+used where torch finds one. Data: MNIST from --data-dir or downloaded, else the digits bundled with scikit-learn.
+Equations, metrics, results: docs/toy_mnist_flow.md.
 """
 
 import copy
@@ -144,7 +145,8 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient norm clip, as ORW-CFM-W2's code"""
     ema_decay: float = 0.9
-    """per update, of the moving average that draws the rollouts and is evaluated (ours); 0 = the trained weights"""
+    """per update, of the moving average that draws the rollouts and is evaluated (ours); 0 = the trained weights. The
+    closer to 1, the later the rollouts follow: adrpo overshoots, orw collapses more slowly"""
 
     # ------------------------------------------------------------------------------------------------------- adrpo
     beta0: float = 0.05
@@ -152,7 +154,7 @@ class Args:
     targets are extrapolated |A|/beta0 times and training turns noisy"""
     adv_clip_k: float | None = None
     """clip A to +-k beta0, in both terms. Off by default: with a mean-zero A the few bad samples push as hard as the
-    many good ones pull, and clipping would cut only the push (see the docs)"""
+    many good ones pull; clipping cuts only the push, and reward and diversity both end lower (see the docs)"""
     adv_norm: Literal["none", "group", "global"] = "none"
     """divide A by no / the group's / the batch's standard deviation before clipping (one group here: the same)"""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-FIGURES = ("reward", "judge_reward", "diversity", "relative_diversity", "classes", "frechet", "w2", "seconds")
+FIGURES = ("reward", "judge_reward", "diversity", "relative_diversity", "classes", "frechet", "w2")
 
 
 def main(runs: Path, out: Path) -> None:
@@ -24,10 +24,12 @@ def main(runs: Path, out: Path) -> None:
     lines = [f"| setting | method | seeds | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 3) + "|"]
     for (setting, method), rows in groups.items():
         values = np.array(rows)
-        errors = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(len(FIGURES), np.nan)
-        cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(values.mean(axis=0), errors, strict=True)]
+        cells = [f"{mean:.3f}" for mean in values.mean(axis=0)]
+        if len(values) > 1:
+            errors = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+            cells = [f"{cell} ± {error:.3f}" for cell, error in zip(cells, errors, strict=True)]
         lines.append(f"| {setting} | {method} | {len(values)} | {' | '.join(cells)} |")
-    lines.append(f"\nMean ± standard error, commit {', '.join(sorted(commits))}.\n")
+    lines.append(f"\nMean ± standard error over seeds, commit {', '.join(sorted(commits))}.\n")
     out.write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -14,7 +14,7 @@ mkdir -p "$out"
 
 one_seed() {
     local seed=$1 base=(--seed "$1" --pretrained "$runs/seed$1-default")
-    "${toy[@]}" "${base[@]}" --run-name "as-published-defaults--seed$seed"
+    "${toy[@]}" "${base[@]}" --run-name "defaults--seed$seed"
     "${toy[@]}" "${base[@]}" --run-name "adv-clip-k-1--seed$seed" --adv-clip-k 1
     "${toy[@]}" "${base[@]}" --run-name "adv-clip-k-4--seed$seed" --adv-clip-k 4
     "${toy[@]}" "${base[@]}" --run-name "adv-norm-group-beta0-0.25--seed$seed" --adv-norm group --beta0 0.25
