@@ -172,7 +172,7 @@ class Args:
     """dpo: draw the pairs from the policy at every iteration instead of once from the base model"""
 
     # -------------------------------------------------------------------------------------- evaluation, checkpoints
-    eval_every: int = 10
+    eval_every: int = 20
     """iterations between evaluations on fixed noise"""
     eval_samples: int = 1024
     """samples per evaluation (the Fréchet distance depends on their number: compare only equal ones)"""
