@@ -132,7 +132,7 @@ class Args:
     """even, digit:K, or path.py:function with function(images, prompts, metadata) -> one float per image;
     images are float [B,1,28,28] in [0,1]"""
     iterations: int = 100
-    """rollouts per method (ours); adrpo is at rest after about 40, orw collapses until the end"""
+    """rollouts per method (ours); adrpo has its reward after 20 and swings around it, orw collapses until the end"""
     group_size: int = 256
     """samples per rollout; the toy has one prompt, so they are one group. Small groups make the advantage noisy"""
     num_steps: int = 20
