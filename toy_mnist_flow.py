@@ -810,16 +810,22 @@ def find_run(args: Args) -> tuple[Args, Path]:
     """The flags and the folder of the run that --resume names. Raises InputError."""
     folder = Path(args.resume)
     if args.resume == "latest":
-        runs = [f for f in Path(args.output_dir).glob("*/args.json") if json.loads(f.read_text())["script"] == SCRIPT]
+        runs = [f for f in Path(args.output_dir).glob("*/args.json") if f'"script": "{SCRIPT}"' in f.read_text()]
         if not runs:
             raise InputError(f"--resume latest: no run of this script in --output-dir {args.output_dir}")
         folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
     if not (folder / "args.json").is_file():
         raise InputError(f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)")
-    record = json.loads((folder / "args.json").read_text())
-    if record.get("script") != SCRIPT:
-        raise InputError(f"--resume {args.resume}: is a run of {record.get('script')}, not of {SCRIPT}")
-    stored = Args(**record["args"] | {"methods": tuple(record["args"]["methods"])})
+    try:
+        record = json.loads((folder / "args.json").read_text())
+        if record["script"] != SCRIPT:
+            raise InputError(f"--resume {args.resume}: is a run of {record['script']}, not of {SCRIPT}")
+        stored = Args(**record["args"] | {"methods": tuple(record["args"]["methods"])})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(
+            f"--resume {args.resume}: its args.json is not this version's ({reason}); start anew"
+        ) from error
     for field in dataclasses.fields(Args):
         given, kept, flag = getattr(args, field.name), getattr(stored, field.name), field.name.replace("_", "-")
         if field.name not in ("resume", "output_dir") and given not in (field.default, kept):

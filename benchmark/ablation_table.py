@@ -17,7 +17,7 @@ def main(runs: Path, out: Path) -> None:
     groups, commits = defaultdict(list), set()
     for path in sorted(runs.glob("*--seed*/summary.json")):
         summary = json.loads(path.read_text())
-        commits.add(json.loads((path.parent / "args.json").read_text())["git_commit"][:8])
+        commits.add((json.loads((path.parent / "args.json").read_text())["git_commit"] or "unknown")[:8])
         for method, result in summary["methods"].items():
             result["relative_diversity"] = result["diversity"] / summary["base"]["diversity"]
             groups[path.parent.name.split("--")[0], method].append([result[figure] for figure in FIGURES])

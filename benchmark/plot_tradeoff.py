@@ -31,7 +31,11 @@ def read_runs(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("*/summary.json")):
         summary, record = json.loads(path.read_text()), json.loads((path.parent / "args.json").read_text())
         args, base = record["args"], summary["base"]
-        common = {"seed": args["seed"], "commit": record["git_commit"][:8], "base_diversity": base["diversity"]}
+        common = {
+            "seed": args["seed"],
+            "commit": (record["git_commit"] or "unknown")[:8],
+            "base_diversity": base["diversity"],
+        }
         base_row = {key: base[key] for key in FIGURES if key in base} | {"relative_diversity": 1.0}
         rows.append({"method": "base", "strength": 0.0, **common, **base_row})
         for method, result in summary["methods"].items():

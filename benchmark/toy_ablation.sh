@@ -28,4 +28,6 @@ for seed in ${SEEDS:-1 2 3}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-2}" ]; do wait -n; done
     one_seed "$seed" >"$out/seed$seed.log" 2>&1 &
 done
-wait
+failed=0
+for job in $(jobs -p); do wait "$job" || failed=1; done
+exit "$failed"

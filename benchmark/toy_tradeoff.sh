@@ -29,4 +29,6 @@ for seed in ${SEEDS:-1 2 3 4 5}; do
     while [ "$(jobs -rp | wc -l)" -ge "$jobs_max" ]; do wait -n; done
     one_seed "$seed" >"$(mkdir -p "$runs" && echo "$runs/seed$seed.log")" 2>&1 &
 done
-wait
+failed=0
+for job in $(jobs -p); do wait "$job" || failed=1; done
+exit "$failed"

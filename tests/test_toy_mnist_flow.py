@@ -911,6 +911,9 @@ def interrupted(trained, tmp_path_factory):
     kept = [len(steps())]
     # In the second method, before its first checkpoint.
     kill_when(lambda: ("dpo", 3) in steps(), "--resume", broken)
+    time.sleep(
+        1.1
+    )  # TensorBoard orders event files by the second in their names; a user's resume takes longer to start
     kept.append(len([method for method, _ in steps() if method == "dpo"]))
     with metrics.open("a") as file:
         file.write('{"method": "dpo", "st')  # killed while it wrote a line
