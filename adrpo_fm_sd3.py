@@ -136,7 +136,8 @@ class Args:
     )
     """ends of the names of the linear layers that get a LoRA: by default all attention projections (flow_grpo)"""
     full_finetune: bool = False
-    """train all weights, in float32, beside a frozen copy as reference; needs a --learning-rate of about 1e-5"""
+    """train all weights, in float32, beside a frozen copy as reference; needs a --learning-rate of about 1e-5. In bf16
+    the copy is rounded, so the divergence starts at that rounding instead of at 0"""
     t5: bool = True
     """--no-t5 leaves SD3's largest text encoder out (9.5 GB in bf16) at some loss of prompt following"""
     max_sequence_length: int = 256
@@ -1087,6 +1088,7 @@ def evaluate_only(args: Args, accelerator: accelerate.Accelerator, dtype: torch.
         return
     figures = summarise({name: whole[name] for name in rewards}, whole["features"], args.eval_images)
     save_images(run_dir / "samples", whole["images"], args.eval_images)
+    (run_dir / "samples" / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), "utf-8")
     save_image(picture(whole["images"], args.eval_images), run_dir / "samples.png")
     about = {"model": args.model_id, "pipeline": kind, "lora": args.lora, "prompts": len(prompts)}
     about |= {"images_per_prompt": args.eval_images, "options": options}
@@ -1151,7 +1153,7 @@ def main(args: Args) -> None:
     if args.full_finetune:
         frozen = SD3Transformer2DModel.from_config(transformer.config).to(dtype)
         frozen.load_state_dict(transformer.state_dict())
-        frozen.to(device).requires_grad_(False).eval()
+        frozen = accelerator.prepare_model(frozen.requires_grad_(False).eval(), evaluation_mode=True)
         transformer.requires_grad_(True)
     else:
         targets = list(args.lora_targets)
@@ -1166,11 +1168,13 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
-        transformer.compile_repeated_blocks()
+        for block in transformer.transformer_blocks:
+            block.compile()
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay)
     network, optimizer = accelerator.prepare(transformer, optimizer)
-    transformer = accelerator.unwrap_model(network)  # without gradients no DDP is needed
+    # Without gradients no DDP is needed. accelerate has put autocast into the forward of both networks.
+    transformer = accelerator.unwrap_model(network)
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     ema = EMAModel(trainable, decay=args.ema_decay) if args.ema_decay else None
 
@@ -1215,17 +1219,15 @@ def main(args: Args) -> None:
 
     def draw(network: nn.Module, rows: list[int], noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and images of prompts `rows` from noise [B,C,h,w]."""
-        with accelerator.autocast():
-            latents = sample(network, noise.to(device), times, condition(rows), empty, args.guidance_scale)
+        latents = sample(network, noise.to(device), times, condition(rows), empty, args.guidance_scale)
         return latents, decode(vae, latents)
 
     def gap(network: nn.Module, x_t: Tensor, s: Tensor, rows: list[int]) -> Tensor:
         """|v - v_ref|^2 [B]."""
         x_t, s, cond = x_t.to(device), s.to(device), condition(rows)
-        with accelerator.autocast():
-            v = velocity(network, x_t, s, cond)
-            with reference_policy(transformer, frozen) as reference:
-                return mean_square(v - velocity(reference, x_t, s, cond))
+        v = velocity(network, x_t, s, cond)
+        with reference_policy(transformer, frozen) as reference:
+            return mean_square(v - velocity(reference, x_t, s, cond))
 
     # Everything an evaluation needs is fixed here, once: the noise, and W2's (x_t, s) from the base model's samples.
     generator = seed_everything(args.seed, 0)
@@ -1258,7 +1260,10 @@ def main(args: Args) -> None:
     metrics = checkpoint.get("metrics") or totals(base_figures)
     writer = SummaryWriter(run_dir, purge_step=first + 1 if checkpoint else 0) if is_main else None
     if is_main and not checkpoint:
-        save_image(picture(base["images"], args.eval_images), run_dir / "samples" / "000000.png")
+        (run_dir / "samples" / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in heldout), "utf-8")
+        sheet = picture(base["images"], args.eval_images)
+        save_image(sheet, run_dir / "samples" / "000000.png")
+        writer.add_image("samples", sheet, 0)
         log(metrics_path, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
     bar = tqdm(range(first, args.iterations), args.method, initial=first, total=args.iterations, disable=not is_main)
@@ -1321,30 +1326,30 @@ def main(args: Args) -> None:
                 x_t, u = flow_matching_point(x1[picks], noise[part].to(device), s_t)
                 cond = condition([rows[i] for i in picks.tolist()])
                 synchronise = start + args.train_batch >= len(points)
-                with accelerator.autocast():
-                    if needs_reference:
-                        with torch.no_grad(), reference_policy(transformer, frozen) as reference:
-                            v_ref = velocity(reference, x_t, s_t, cond)
-                    with contextlib.nullcontext() if synchronise else accelerator.no_sync(network):
-                        v = velocity(network, x_t, s_t, cond)
-                        if not needs_reference:
-                            v_ref = v.detach()
-                        if args.method == "adrpo":
-                            losses = adrpo_fm_loss(v, v_ref, u, weight[picks], args.beta0)
-                        elif args.method == "orw":
-                            losses = orw_fm_loss(v, v_ref, u, weight[picks], args.alpha)
-                        elif args.method == "raft":
-                            losses = mean_square(v - u)
-                        else:  # best and worst alternate; a pair's loss stands for its two points
-                            (v_w, v_l), (v_w_ref, v_l_ref), (u_w, u_l) = [(a[0::2], a[1::2]) for a in (v, v_ref, u)]
-                            losses = dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, args.beta_dpo).repeat(2)
-                        loss = losses.sum() / len(points)
-                        accelerator.backward(loss)
+                if needs_reference:
+                    with torch.no_grad(), reference_policy(transformer, frozen) as reference:
+                        v_ref = velocity(reference, x_t, s_t, cond)
+                with contextlib.nullcontext() if synchronise else accelerator.no_sync(network):
+                    v = velocity(network, x_t, s_t, cond)
+                    if not needs_reference:
+                        v_ref = v.detach()
+                    if args.method == "adrpo":
+                        losses = adrpo_fm_loss(v, v_ref, u, weight[picks], args.beta0)
+                    elif args.method == "orw":
+                        losses = orw_fm_loss(v, v_ref, u, weight[picks], args.alpha)
+                    elif args.method == "raft":
+                        losses = mean_square(v - u)
+                    else:  # best and worst alternate; a pair's loss stands for its two points
+                        (v_w, v_l), (v_w_ref, v_l_ref), (u_w, u_l) = [(a[0::2], a[1::2]) for a in (v, v_ref, u)]
+                        losses = dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, args.beta_dpo).repeat(2)
+                    accelerator.backward(losses.sum() / len(points))
                 with torch.no_grad():
                     parts = [losses.sum(), mean_square(v - u).sum(), mean_square(v - v_ref).sum()]
                     update += torch.stack(parts) / len(points)
             grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-            update = torch.cat([accelerator.reduce(update, "mean"), torch.as_tensor(grad_norm, device=device).view(1)])
+            if hasattr(grad_norm, "full_tensor"):  # FSDP
+                grad_norm = grad_norm.full_tensor()
+            update = torch.cat([accelerator.reduce(update, "mean"), grad_norm.to(device).view(1)])
             if not update.isfinite().all():  # before the step: the weights are still good
                 state = training_state(network, optimizer.optimizer, ema)
                 if is_main:
@@ -1407,11 +1412,11 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    first_process = os.environ.get("RANK", "0") == "0"
+    process = os.environ.get("RANK", "0")
     try:
         main(tyro.cli(Args, description=__doc__))
     except InputError as error:
-        sys.exit(f"error: {error}" if first_process else 1)
+        sys.exit(f"error: {error}" if process == "0" else f"error (process {process}): {error}")
     except torch.OutOfMemoryError as error:
         remedy = "lower --rollout-batch or --train-batch, or add --gradient-checkpointing, --vae-slicing, --no-t5"
         sys.exit(f"error: out of GPU memory ({one_line(error)[:120]}); {remedy}; then --resume latest")

@@ -553,7 +553,7 @@ def test_a_run_leaves_everything_behind(runs, style):
     run, out = runs[style]
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     expected = {"args.json", "metrics.jsonl", "summary.json", "base.pt", "final/pytorch_lora_weights.safetensors"}
-    expected |= {f"samples/{step:06d}.png" for step in range(3)}
+    expected |= {f"samples/{step:06d}.png" for step in range(3)} | {"samples/prompts.txt"}
     expected |= {f"samples/final/{p:04d}_{i:02d}.png" for p in range(2) for i in range(2)}
     expected |= {"checkpoints/000001.pt", "checkpoints/000002.pt"}
     assert {name for name in names if "tfevents" not in name} == expected
@@ -580,7 +580,8 @@ def test_metrics_of_a_run(runs, style):
     for tag in set().union(*rows) - {"step"}:
         logged = {event.step: event.value for event in events.Scalars(tag)}
         assert logged == pytest.approx({row["step"]: row[tag] for row in rows if tag in row}, rel=1e-5), tag
-    assert events.Tags()["images"] == ["samples"]
+    assert [image.step for image in events.Images("samples")] == [0, 1, 2]
+    assert (run / "samples" / "prompts.txt").read_text().splitlines() == [PROMPTS[0], PROMPTS[10]]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["final"]["reward"] == rows[2]["eval/reward"]
     assert summary["base"]["reward"] == rows[0]["eval/reward"]
