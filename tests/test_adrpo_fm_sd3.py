@@ -1021,5 +1021,5 @@ def test_every_logged_tag_is_documented(runs, models, base_flags, tmp_path):
 def test_every_flag_in_the_docs_exists():
     flags = {f"--{name.replace('_', '-')}" for name in sd3.Args.__dataclass_fields__}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", DOCS.read_text()))
-    launchers = {"--nproc-per-node", "--no-t5", "--data-dir", "--use-fsdp", "--fsdp-version", "--num-processes"}
-    assert named <= flags | launchers | {"--full-size"}
+    others = {"--nproc-per-node", "--no-t5", "--data-dir", "--use-fsdp", "--fsdp-version", "--num-processes", "--help"}
+    assert named <= flags | others

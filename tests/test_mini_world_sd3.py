@@ -400,3 +400,49 @@ def test_a_fault_is_one_line_and_a_non_zero_exit(tmp_path, fault):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert ("--data-dir" if fault == "data-dir" else "OUT") in line
+
+
+# ------------------------------------------------------------------------- metric and reward for the fine-tuning script
+
+
+def test_every_caption_is_read_back_into_its_attributes():
+    for attributes, text in zip(world.ATTRIBUTES.tolist(), world.CAPTIONS, strict=True):
+        assert world.asked_for(text) == attributes
+
+
+def test_accepted_is_the_judges_verdict(folder, monkeypatch):
+    monkeypatch.setenv("MINI_WORLD", str(folder))
+    world.world_judge.cache_clear()
+    judge = world.load_judge(folder / "judge")
+    images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    shown = world.judge_predictions(judge, images)
+    prompts = [world.caption(digit, *world.FREE[1:]) for digit in shown[:, 0].tolist()]
+    assert world.accepted(images, prompts, [{}] * 64).tolist() == [1.0] * 64
+    wrong = [world.caption((digit + 1) % 10, *world.FREE[1:]) for digit in shown[:, 0].tolist()]
+    assert world.accepted(images, wrong, [{}] * 64).tolist() == [0.0] * 64
+    exact = [world.caption(*row) for row in shown.tolist()]
+    exact[3] = world.caption(shown[3, 0], (shown[3, 1] + 1) % 4, shown[3, 2])  # one wrong colour
+    assert world.accepted(images, exact, [{}] * 64).tolist() == [float(i != 3) for i in range(64)]
+
+
+@torch.no_grad()
+def test_digit_probability_leaves_colour_and_thickness_free(folder, clip, monkeypatch):
+    monkeypatch.setenv("MINI_WORLD", str(folder))
+    world.digit_classifier.cache_clear()
+    model, preprocess, tokenizer = clip
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prompts = ["a handwritten bold red seven", "a handwritten green digit"]
+    got = world.digit_probability(images, prompts, [{}] * 2)
+    texts = model.encode_text(tokenizer([world.caption(digit, *world.FREE[1:]) for digit in range(10)]), normalize=True)
+    expected = (25 * model.encode_image(images * 2 - 1, normalize=True) @ texts.T).softmax(1)
+    assert got[0].item() == pytest.approx(expected[0, 7].item(), rel=1e-5)
+    assert got[1].item() == 0
+    same = world.digit_probability(images[:1], ["a handwritten seven"], [{}])
+    assert same.item() == pytest.approx(got[0].item())
+
+
+def test_without_a_world_the_metric_says_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINI_WORLD", str(tmp_path))
+    world.world_judge.cache_clear()
+    with pytest.raises(world.InputError, match="MINI_WORLD=.*name the folder of a world"):
+        world.accepted(torch.zeros(1, 3, 32, 32), ["a handwritten two"], [{}])
