@@ -770,11 +770,12 @@ def test_a_finished_run_resumes_to_itself(models, base_flags, runs, tmp_path):
     assert json.loads((copy / "summary.json").read_text()) == summary
 
 
-def run_processes(count, flags):
+def run_processes(count, flags, script=SCRIPT):
     launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", str(count), str(SCRIPT), *flags]
+    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", str(count), str(script), *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.mark.parametrize("method", ["adrpo", "dpo"])
@@ -784,6 +785,53 @@ def test_two_processes_are_one_with_the_same_batch(models, base_flags, tmp_path,
     flags = subprocess_flags(base_flags, models["sd3"], tmp_path, "--run-name", "two", "--train-batch", "4", *more)
     run_processes(2, flags)
     assert_same_run(tmp_path / "one", tmp_path / "two", rtol=2e-3, atol=2e-4)
+
+
+SHARDED = """
+import copy, sys, torch, torch.distributed as dist
+from diffusers import SD3Transformer2DModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, sys.argv[1])
+import adrpo_fm_sd3 as sd3
+dist.init_process_group("gloo")
+whole = SD3Transformer2DModel.from_pretrained(sys.argv[2])
+model, mesh = SD3Transformer2DModel.from_pretrained(sys.argv[2]), init_device_mesh("cpu", (2,))
+for block in model.transformer_blocks:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+def step():
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 8, 8, 8), torch.rand(2), (torch.randn(2, 16, 128), torch.randn(2, 128))
+    sd3.velocity(model, *inputs).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+step()
+state = sd3.training_state(model, optimizer, None)
+step()
+after = sd3.training_state(model, optimizer, None)
+everywhere = [copy.deepcopy(state) if dist.get_rank() == 0 else None]  # loading cuts the dict it is given into pieces
+dist.broadcast_object_list(everywhere)  # as every process reads the checkpoint's file
+sd3.restore_training_state(model, optimizer, None, everywhere[0])
+step()
+again = sd3.training_state(model, optimizer, None)
+if dist.get_rank() == 0:
+    shapes = {name: value.shape for name, value in whole.state_dict().items()}
+    assert {name: value.shape for name, value in state["model"].items()} == shapes
+    assert any(not torch.equal(state["model"][name], value) for name, value in whole.state_dict().items())
+    assert all(torch.equal(again["model"][name], after["model"][name]) for name in shapes)
+    print("whole and restored")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_weights_are_saved_whole_and_restored(models, tmp_path):
+    """What a checkpoint does under FSDP, with torch's own sharding on two CPU processes."""
+    (tmp_path / "program.py").write_text(SHARDED)
+    out = run_processes(2, [str(ROOT), str(models["sd3"] / "transformer")], script=tmp_path / "program.py")
+    assert "whole and restored" in out
 
 
 # ------------------------------------------------------------------------------------------------- G. evaluation only
