@@ -808,7 +808,7 @@ def step():
     optimizer.step()
     optimizer.zero_grad()
 step()
-state = sd3.training_state(model, optimizer, None)
+state = copy.deepcopy(sd3.training_state(model, optimizer, None))  # the step count is shared with the optimiser's
 step()
 after = sd3.training_state(model, optimizer, None)
 everywhere = [copy.deepcopy(state) if dist.get_rank() == 0 else None]  # loading cuts the dict it is given into pieces
