@@ -801,7 +801,7 @@ def evaluate(
     and s (made of samples of the base model: none for the base model's own evaluation)."""
     mine = my_share(len(fixed["rows"]), accelerator.process_index, accelerator.num_processes)
     results = {name: [] for name in (*rewards, "features", "images", "latents", "w2")}
-    for start in range(0, len(mine), batch):
+    for start in tqdm(range(0, len(mine), batch), "evaluate", leave=False, disable=not accelerator.is_main_process):
         part = mine[start : start + batch]
         rows, prompts, metadata = [[fixed[key][i] for i in part] for key in ("rows", "prompts", "metadata")]
         latents, images = draw(rows, fixed["noise"][part], fixed["times"])
@@ -1058,38 +1058,35 @@ def evaluate_only(args: Args, accelerator: accelerate.Accelerator, dtype: torch.
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise InputError(f"--lora {args.lora}: cannot be loaded into {args.model_id} ({reason})") from error
     pipe.to(device).set_progress_bar_config(disable=True)
+    if hasattr(pipe, "vae"):  # pipelines hand it latents in the transformer's precision
+        decode = pipe.vae.decode
+        pipe.vae.decode = lambda latents, *rest, **more: decode(latents.float(), *rest, **more)
     accepted = inspect.signature(pipe.__call__).parameters
     options = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.eval_steps}
     options |= {"guidance_scale": args.guidance_scale, "max_sequence_length": args.max_sequence_length}
     options = {name: value for name, value in options.items() if name in accepted}
     run_dir = create_run(args) if accelerator.is_main_process else None
 
-    results = {name: [] for name in (*rewards, "features", "images")}
-    mine = my_share(len(prompts), accelerator.process_index, accelerator.num_processes)
-    for i in tqdm(mine, "evaluate", disable=not accelerator.is_main_process):
-        generator, images = seed_everything(args.seed, i), []
-        for start in range(0, args.eval_images, args.rollout_batch):
-            count = min(args.rollout_batch, args.eval_images - start)
-            with torch.no_grad():
-                drawn = pipe(
-                    prompts[i], num_images_per_prompt=count, generator=generator, output_type="pt", **options
-                ).images
-            images.append(drawn.float().clamp(0, 1).to(device))
-        images = torch.cat(images)
-        for name, function in rewards.items():
-            repeated = [metadata[i]] * len(images)
-            results[name].append(score(name, function, images, [prompts[i]] * len(images), repeated))
-        with torch.no_grad():
-            results["features"].append(clip.image(images))
-        results["images"].append((images * 255).round().byte())
-    size = len(prompts) * args.eval_images
-    whole = {name: accelerator.gather(torch.cat(parts))[:size].cpu() for name, parts in results.items()}
+    def draw(images: list[int], noise: Tensor, times: None) -> tuple[Tensor, Tensor]:
+        """Images number 0, 1, ... of the evaluation, each from a random state of its own."""
+        seeds = [int(np.random.SeedSequence([args.seed, i]).generate_state(1)[0]) for i in images]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        asked = [fixed["prompts"][i] for i in images]
+        drawn = pipe(asked, generator=generators, output_type="pt", **options).images.float().clamp(0, 1).to(device)
+        return torch.zeros(len(drawn), 1, device=device), drawn
+
+    count = len(prompts) * args.eval_images
+    fixed = {"rows": list(range(count)), "times": None, "noise": torch.zeros(count, 1)}
+    fixed |= {"prompts": [prompts[i // args.eval_images] for i in range(count)]}
+    fixed |= {"metadata": [metadata[i // args.eval_images] for i in range(count)]}
+    fixed |= {"images_per_prompt": args.eval_images}
+    figures, images, _ = evaluate(draw, None, rewards, clip, fixed, accelerator, args.rollout_batch)
+    figures.pop("w2")  # there is nothing to compare with
     if not accelerator.is_main_process:
         return
-    figures = summarise({name: whole[name] for name in rewards}, whole["features"], args.eval_images)
-    save_images(run_dir / "samples", whole["images"], args.eval_images)
+    save_images(run_dir / "samples", images, args.eval_images)
     (run_dir / "samples" / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), "utf-8")
-    save_image(picture(whole["images"], args.eval_images), run_dir / "samples.png")
+    save_image(picture(images, args.eval_images), run_dir / "samples.png")
     about = {"model": args.model_id, "pipeline": kind, "lora": args.lora, "prompts": len(prompts)}
     about |= {"images_per_prompt": args.eval_images, "options": options}
     means = {name: {"mean": mean, "standard_error": error} for name, (mean, error) in figures.items()}

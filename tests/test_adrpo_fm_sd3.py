@@ -587,10 +587,13 @@ def test_metrics_of_a_run(runs, style):
     assert summary["base"]["reward"] == rows[0]["eval/reward"]
 
 
-def test_divergence_is_exactly_zero_before_the_first_step(models, base_flags, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_divergence_is_exactly_zero_before_the_first_step(models, base_flags, tmp_path, precision):
     flags = ["--updates-per-iteration", "1", "--iterations", "1", "--output-dir", tmp_path, "--run-name", "r"]
-    finish(*base_flags, "--model-id", models["sd3.5"], *flags)
-    assert read_metrics(tmp_path / "r")[1]["losses/divergence"] == 0
+    finish(*base_flags, "--model-id", models["sd3.5"], *flags, "--precision", precision)
+    rows = read_metrics(tmp_path / "r")
+    assert rows[1]["losses/divergence"] == 0
+    assert rows[1]["eval/w2"] > 0
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -868,6 +871,25 @@ def test_eval_only_writes_a_table_row_with_and_without_lora(models, base_flags, 
     with torch.no_grad():
         expected = sd3.clip_reward(clip)(pictures, repeated, None).mean().item()
     assert rows["tuned"]["metrics"]["clip"]["mean"] == pytest.approx(expected, abs=0.2)
+
+
+def test_eval_only_in_bf16_keeps_the_autoencoder_in_fp32(models, base_flags, tmp_path):
+    flags = [
+        *base_flags,
+        "--eval-only",
+        "--model-id",
+        models["sd3"],
+        "--eval-metrics",
+        "clip",
+        "--output-dir",
+        tmp_path,
+    ]
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        finish(*flags, "--precision", precision, "--run-name", precision, "--rollout-batch", "5")
+        rows[precision] = json.loads((tmp_path / precision / "table1.json").read_text())["metrics"]
+    assert rows["fp32"] != rows["bf16"]
+    assert rows["fp32"]["clip"]["mean"] == pytest.approx(rows["bf16"]["clip"]["mean"], abs=1)
 
 
 def test_eval_only_takes_another_pipeline(models, base_flags, tmp_path):
