@@ -374,6 +374,9 @@ def imagereward_reward(model_id: str, device: torch.device) -> Callable:
         from imscore.imreward.model import ImageReward  # optional dependency
     except ImportError as error:
         raise InputError(f"--reward imagereward: {error}; pip install imscore timm, or leave it out") from error
+    tokenizer = transformers.BertTokenizer
+    if not hasattr(tokenizer, "additional_special_tokens_ids"):  # gone in transformers 5; imscore 0.0.11 asks for it
+        tokenizer.additional_special_tokens_ids = property(lambda self: self.convert_tokens_to_ids(["[ENC]"]))
     model = ImageReward.from_pretrained(model_id).to(device).eval()
     return lambda images, prompts, metadata: model.score(images, prompts).flatten()
 

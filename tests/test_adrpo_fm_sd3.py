@@ -480,6 +480,21 @@ def test_imagereward_is_imported_only_when_asked_for(monkeypatch, images):
     torch.testing.assert_close(got, images.mean(dim=(1, 2, 3)) + len(PROMPTS[0]))
 
 
+@torch.no_grad()
+def test_imagereward_works_with_the_package_itself(monkeypatch, tmp_path, images):
+    """imscore's own network with random weights: it builds and scores under this version of transformers."""
+    model = pytest.importorskip("imscore.imreward.model")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *world.WORDS]))
+    make = transformers.BertTokenizer
+    monkeypatch.setattr(make, "from_pretrained", lambda name: make(str(tmp_path / "vocab.txt")))
+    torch.manual_seed(0)
+    monkeypatch.setattr(model.ImageReward, "from_pretrained", lambda name: model.ImageReward())
+    function = sd3.imagereward_reward("somewhere", torch.device("cpu"))
+    scores = sd3.score("imagereward", function, images[:2], PROMPTS[:2], [{}] * 2)
+    assert scores.shape == (2,)
+    assert scores[0] != scores[1]
+
+
 @pytest.mark.parametrize(
     "function,message",
     [
