@@ -1207,9 +1207,9 @@ def main(args: Args) -> None:
     empty = condition([len(texts) - 1])
     groups, local_groups, group = args.prompts_per_update, args.prompts_per_update // processes, args.group_size
     mine = slice(rank * local_groups * group, (rank + 1) * local_groups * group)  # whole groups stay in one process
-    millions = sum(parameter.numel() for parameter in trainable) / 1e6
+    size = sum(parameter.numel() for parameter in trainable)
     accelerator.print(
-        f"{run_dir}: {args.method}, {processes} x {device.type}, {'bf16' if bf16 else 'fp32'}, {millions:.2f} M "
+        f"{run_dir}: {args.method}, {processes} x {device.type}, {'bf16' if bf16 else 'fp32'}, {size:,} "
         f"trained parameters\n{len(train)} training prompts, {len(heldout)} for evaluation; {note}; embeddings of "
         f"{len(texts)} prompts take {embeds.nbytes / 1e9:.2f} GB\neach iteration {groups} prompts x {group} images, "
         f"{args.updates_per_iteration} updates of {groups * group * args.timesteps_per_sample} points"

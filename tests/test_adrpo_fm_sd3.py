@@ -550,6 +550,18 @@ def test_every_tenth_prompt_is_held_out_and_not_trained_on(tmp_path):
     assert "every tenth" in note
 
 
+def test_real_prompt_files():
+    folder = Path(os.environ.get("ADRPO_DATA", "")) / "prompts"
+    if not os.environ.get("ADRPO_DATA") or not folder.is_dir():
+        pytest.skip("no prompts in ADRPO_DATA")
+    train, heldout, _ = sd3.load_prompts(sd3.Args(prompts=str(folder / "drawbench.txt")))
+    assert (len(train), len(heldout)) == (180, 20)
+    other = sd3.Args(prompts=str(folder / "drawbench.txt"), eval_prompts=str(folder / "pickscore_test.txt"))
+    train, heldout, note = sd3.load_prompts(other)
+    assert (len(train), len(heldout)) == (200, 32)
+    assert note == "none of the evaluation prompts is trained on"
+
+
 def test_evaluating_on_training_prompts_is_said(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("one\ntwo\nthree")
