@@ -33,6 +33,7 @@ Equations, metrics, results, time and memory: docs/adrpo_fm_sd3.md.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import importlib.util
@@ -1420,5 +1421,9 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         remedy = "lower --rollout-batch or --train-batch, or add --gradient-checkpointing, --vae-slicing, --no-t5"
         sys.exit(f"error: out of GPU memory ({one_line(error)[:120]}); {remedy}; then --resume latest")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        sys.exit(f"error: --output-dir: cannot be written ({one_line(error)}); make room, then --resume latest")
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume latest continues from the newest checkpoint")

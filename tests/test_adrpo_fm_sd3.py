@@ -1072,6 +1072,26 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(runs, tmp_path, monkeypatch):
     assert sd3.load_checkpoint(run)["iteration"] == 2
 
 
+def test_a_disk_that_fills_up_during_the_run_is_one_line_and_the_run_resumes(models, base_flags, tmp_path, monkeypatch):
+    open_, writes = Path.open, []
+
+    def full(path, mode="r", *rest, **more):
+        if path.name == "metrics.jsonl" and mode == "a":
+            writes.append(path)
+            if len(writes) == 3:
+                raise OSError(28, "No space left on device")
+        return open_(path, mode, *rest, **more)
+
+    flags = [*base_flags, "--model-id", models["sd3"], "--output-dir", tmp_path, "--iterations", "3"]
+    finish(*flags, "--run-name", "straight")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        assert "--output-dir: cannot be written" in refused(*flags, "--run-name", "full")
+    time.sleep(1.1)
+    finish("--resume", tmp_path / "full")
+    assert_same_run(tmp_path / "straight", tmp_path / "full")
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for iteration in (1, 2, 10):
         sd3.save_checkpoint(tmp_path, {"iteration": iteration}, {"model": {"w": torch.ones(1)}})
