@@ -3,7 +3,7 @@
     python benchmark/sd3_mini_table.py WORLD RUNS OUT
 
 writes OUT.csv (a row per run), OUT.md (means and standard errors over seeds: all settings; the paper's Table 1 in
-miniature; every setting against adrpo at equal reward) and OUT.png.
+miniature; every setting against adrpo at equal reward), OUT.png and OUT_samples.png.
 
     reward               100 cos of the CLIP model on held-out prompts (what was trained on, on other prompts)
     accepted             share of held-out images with all that was asked for, by the judge (never the reward)
@@ -13,7 +13,8 @@ miniature; every setting against adrpo at equal reward) and OUT.png.
     W2                   mean |v - v_ref|^2 on fixed points
 
 "Against adrpo at equal reward": a run's figure minus (W2: divided by) that of adrpo at the same reward and seed, base
-and adrpo's strengths joined by straight lines (W2: in its logarithm); runs outside that range of rewards have none.
+and adrpo's strengths joined by straight lines (W2: in its logarithm), without strengths of adrpo that another one beats
+in both reward and W2; runs outside that range of rewards have none.
 """
 
 import csv
@@ -108,10 +109,10 @@ def read_runs(runs: Path, folder: Path) -> list[dict]:
 def against_adrpo(rows: list[dict]) -> None:
     """Add each run's figures relative to adrpo's at the same reward and seed (nan outside adrpo's range)."""
     for row in rows:
-        line = sorted(
-            (r for r in rows if r["method"] in ("adrpo", "base") and r["seed"] == row["seed"]),
-            key=lambda r: r["reward"],
-        )
+        own = [r for r in rows if r["method"] == "adrpo" and r["seed"] == row["seed"]]
+        frontier = [r for r in own if not any(o["reward"] >= r["reward"] and o["W2"] < r["W2"] for o in own)]
+        base = [r for r in rows if r["method"] == "base" and r["seed"] == row["seed"]]
+        line = sorted(base + frontier, key=lambda r: r["reward"])
         inside = row["method"] not in ("adrpo", "base") and line[0]["reward"] < row["reward"] <= line[-1]["reward"]
         at = [r["reward"] for r in line]
         for name in ("accepted", "relative diversity", "accepted diversity"):
@@ -146,6 +147,33 @@ def table(groups: dict, columns: tuple[str, ...], seeds: int) -> list[str]:
         cells = [cell([member[column] for member in members], seeds) for column in columns]
         lines.append(f"| {setting or 'base'} | {' | '.join(cells)} |")
     return lines
+
+
+def plot_samples(runs: Path, best: list[str], seed: int, path: Path) -> None:
+    """Samples of the base model and of each chosen setting from the same noise: the same prompts, one row each."""
+    first = runs / f"{best[0]}-seed{seed}"
+    args = json.loads((first / "args.json").read_text())["args"]
+    prompts = Path(args["eval_prompts"]).read_text().splitlines()[: args["eval_max_prompts"]]
+    shown = range(0, len(prompts), 4)[:8]
+    figure, axes = plt.subplots(len(shown), len(best) + 1, figsize=(3.6 * (len(best) + 1) + 1, 0.52 * len(shown) + 0.4))
+    base = torch.load(first / "base.pt", weights_only=True)["images"].unflatten(0, (len(prompts), -1))
+    for column, name in enumerate(["base model", *best]):
+        for row, prompt in enumerate(shown):
+            if column == 0:
+                images = [image.permute(1, 2, 0).numpy() for image in base[prompt, :8]]
+            else:
+                folder = runs / f"{name}-seed{seed}" / "samples" / "final"
+                images = [np.asarray(Image.open(folder / f"{prompt:04d}_{i:02d}.png")) for i in range(8)]
+            axis = axes[row, column]
+            axis.imshow(np.concatenate(images, axis=1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(name, fontsize=10)
+            if column == 0:
+                axis.set_ylabel(prompts[prompt].removeprefix("a handwritten "), rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def strength(setting: str) -> float:
@@ -211,6 +239,8 @@ def main(folder: Path, runs: Path, out: Path) -> None:
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(f"{out}.png", dpi=100)
+    plt.close(figure)
+    plot_samples(runs, [name for name in best if name], seeds[0], Path(f"{out}_samples.png"))
 
 
 if __name__ == "__main__":
