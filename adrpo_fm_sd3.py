@@ -23,11 +23,11 @@ Where this departs from the paper, or the paper is silent:
 - What the paper does not publish (learning rate, group, resolution, steps) follows flow_grpo's SD3 recipe.
 
     python adrpo_fm_sd3.py --prompts prompts.txt --reward clip
-    python adrpo_fm_sd3.py --prompts prompts.txt --rollout-batch 8 --train-batch 2 --gradient-checkpointing   # 24 GB
+    python adrpo_fm_sd3.py --prompts prompts.txt --rollout-batch 8 --train-batch 2 --gradient-checkpointing  # less memory
     torchrun --nproc-per-node 8 adrpo_fm_sd3.py --prompts prompts.txt --reward pickscore clip --reward-weights 1 0.2
     python adrpo_fm_sd3.py --eval-only --lora runs/NAME/final --eval-prompts prompts.txt
 
-Without a GPU: benchmark/mini_world_sd3.py makes a small trained world on which the same script learns in a minute.
+Without a GPU: benchmark/mini_world_sd3.py makes a small trained world on which the same script learns in minutes.
 Equations, metrics, results, time and memory: docs/adrpo_fm_sd3.md.
 """
 
@@ -146,9 +146,9 @@ class Args:
     resolution: int = 512
     """height and width in pixels"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: much less memory, about a third more time for the update"""
+    """recompute activations in the backward pass: less memory, more time"""
     compile: bool = False
-    """torch.compile the transformer's blocks: minutes of start-up, then faster iterations"""
+    """torch.compile the transformer's blocks: minutes of start-up first (what it gains was not measured)"""
     vae_slicing: bool = False
     """decode images one by one: less memory"""
     vae_tiling: bool = False
