@@ -23,7 +23,7 @@ Where this departs from the paper, or the paper is silent:
 - What the paper does not publish (learning rate, group, resolution, steps) follows flow_grpo's SD3 recipe.
 
     python adrpo_fm_sd3.py --prompts prompts.txt --reward clip
-    python adrpo_fm_sd3.py --prompts prompts.txt --rollout-batch 8 --train-batch 2 --gradient-checkpointing  # less memory
+    python adrpo_fm_sd3.py --prompts prompts.txt --rollout-batch 8 --train-batch 2 --gradient-checkpointing  # small
     torchrun --nproc-per-node 8 adrpo_fm_sd3.py --prompts prompts.txt --reward pickscore clip --reward-weights 1 0.2
     python adrpo_fm_sd3.py --eval-only --lora runs/NAME/final --eval-prompts prompts.txt
 
