@@ -138,7 +138,7 @@ def cell(values: list[float], seeds: int) -> str:
         return "-"
     digits = 1 if abs(mean) > 20 else 2 if abs(mean) >= 1.5 else 4 if abs(mean) < 0.1 else 3
     few = "" if count == seeds else f" (n={count})"
-    return f"{mean:.{digits}f} ± {error:.{digits}f}{few}"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}{few}" if count > 1 else f"{mean:.{digits}f}{few}"
 
 
 def table(groups: dict, columns: tuple[str, ...], seeds: int) -> list[str]:
