@@ -61,7 +61,9 @@ def small(folder: Path) -> None:
     reward = sd3.clip_reward(clip)
     reference = SD3Transformer2DModel.from_pretrained(folder / "model" / "transformer").requires_grad_(False)
     transformer = pipe.transformer.requires_grad_(False)
-    transformer.add_adapter(sd3.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+    for network in (transformer, reference):
+        network.add_adapter(sd3.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+    reference.disable_adapters()  # the same calls as the script's: a LoRA that is switched off is not free
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3)
     count = PROMPTS * GROUP
