@@ -4,7 +4,7 @@
 #   bash benchmark/sd3_mini.sh WORLD RUNS
 #   python benchmark/sd3_mini_table.py WORLD RUNS benchmark/results/sd3_mini
 # SEEDS="1 2" and JOBS=1 (processes at a time, one thread each) change the size. About 70 minutes on two cores.
-# WHAT=variants: adrpo with other clips, shared noise, more times, EMA, against the same baselines (18 runs of 3 seeds).
+# WHAT=variants: adrpo with other clips, shared noise, more times, EMA, and dpo online (21 runs of 3 seeds).
 # WHAT=digit: adrpo, dpo and orw on a reward that leaves colour and thickness free (18 runs of 3 seeds).
 set -euo pipefail
 world=$(cd "$1" && pwd)
@@ -52,6 +52,7 @@ lines() { # one line per run: name, then its flags
         echo "times2 --beta0 0.1 --adv-clip-k 10 --timesteps-per-sample 2"
         echo "ema0.9 --beta0 0.1 --adv-clip-k 10 --ema-decay 0.9"
         echo "all --beta0 0.1 --adv-clip-k 10 --share-noise --timesteps-per-sample 2 --ema-decay 0.9"
+        echo "dpo-online-100 --method dpo --beta-dpo 100 --dpo-online"
         ;;
     digit)
         echo "adrpo-0.1 --method adrpo --beta0 0.1 --adv-clip-k 10 $digit"
