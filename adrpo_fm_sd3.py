@@ -1119,7 +1119,6 @@ def main(args: Args) -> None:
         library.set_verbosity_error()
     if args.eval_only:
         evaluate_only(args, accelerator, dtype)
-        accelerator.end_training()
         return
 
     # Prompts and rewards first: they are quick to be wrong. A wrong reward is found on two grey images.
@@ -1409,13 +1408,15 @@ def main(args: Args) -> None:
         for name, value in metrics.items():
             print(f"{name:22s}{summary['base'][name]:10.4f}{value:10.4f}")
         print(f"images in {run_dir / 'samples'}. To use the result:\n{lines}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     process = os.environ.get("RANK", "0")
     try:
         main(tyro.cli(Args, description=__doc__))
+        gc.collect()  # gloo aborts at exit where a wrapped model outlives its process group
+        accelerate.PartialState().wait_for_everyone()
+        accelerate.PartialState().destroy_process_group()
     except InputError as error:
         sys.exit(f"error: {error}" if process == "0" else f"error (process {process}): {error}")
     except torch.OutOfMemoryError as error:

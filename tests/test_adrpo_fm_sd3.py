@@ -818,7 +818,7 @@ def test_two_processes_are_one_with_the_same_batch(models, base_flags, tmp_path,
 
 
 SHARDED = """
-import copy, sys, torch, torch.distributed as dist
+import copy, os, sys, torch, torch.distributed as dist
 from diffusers import SD3Transformer2DModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -853,7 +853,8 @@ if dist.get_rank() == 0:
     assert all(torch.equal(again["model"][name], after["model"][name]) for name in shapes)
     print("whole and restored")
 dist.barrier()
-dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # not by the front door: gloo sometimes aborts there, which is not what is tested
 """
 
 
