@@ -307,7 +307,7 @@ def clip_reward(clip: Clip) -> Callable:
 
 def pickscore_reward(model_id: str, processor_id: str, device: torch.device) -> Callable:
     """PickScore (arXiv 2305.01569): temperature * cos, about 20 to 23."""
-    model = transformers.CLIPModel.from_pretrained(model_id).to(device).eval()
+    model = transformers.CLIPModel.from_pretrained(model_id).float().to(device).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(processor_id)
     config = transformers.AutoImageProcessor.from_pretrained(processor_id)
 
@@ -323,7 +323,7 @@ def pickscore_reward(model_id: str, processor_id: str, device: torch.device) -> 
 
 def blip_reward(model_id: str, device: torch.device) -> Callable:
     """BLIP (arXiv 2201.12086): cosine of the projected image and text features."""
-    model = transformers.BlipForImageTextRetrieval.from_pretrained(model_id).to(device).eval()
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(model_id).float().to(device).eval()
     processor = transformers.AutoProcessor.from_pretrained(model_id)
 
     def blip(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
@@ -405,12 +405,14 @@ def build_rewards(args: Args, clip: Clip, specs: list[str], device: torch.device
         "aesthetic": lambda: aesthetic_reward(clip, args.aesthetic_weights, device),
         "imagereward": lambda: imagereward_reward(args.imagereward_model, device),
     }
-    rewards = {}
+    rewards, tags = {}, {}
     for spec in specs:
         flag = "--reward" if spec in args.reward and not args.eval_only else "--eval-metrics"
         path = Path(spec.rpartition(":")[0])
         if spec not in builders and not (path.suffix == ".py" and path.is_file()):
             raise InputError(f"{flag} {spec}: unknown; give {', '.join(builders)} or path.py:function")
+        if tags.setdefault(reward_name(spec), spec) != spec:
+            raise InputError(f"{flag} {spec}: {tags[reward_name(spec)]} has the same name; rename the function")
         try:
             rewards[reward_name(spec)] = builders[spec]() if spec in builders else plugin_reward(spec)
         except InputError:

@@ -1004,6 +1004,14 @@ def test_bad_flags_get_one_line(models, base_flags, tmp_path, monkeypatch, flags
     assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
 
 
+def test_two_functions_of_one_name_are_refused(models, base_flags, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text("def clip(images, prompts, metadata):\n    return [0.0] * len(images)\n")
+    flags = ["--reward", "clip", "--eval-metrics", f"{tmp_path}/one.py:clip"]
+    line = refused(*base_flags, "--model-id", models["sd3"], *flags)
+    assert f"--eval-metrics {tmp_path}/one.py:clip: clip has the same name; rename the function" in line
+
+
 def test_empty_and_columnless_prompts(models, base_flags, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "--prompts" in (
