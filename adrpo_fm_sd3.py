@@ -440,14 +440,10 @@ def score(name: str, function: Callable, images: Tensor, prompts: list[str], met
         where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {one_line(error)}"
         raise InputError(f"{flag} {name}: raised {where}") from error
     if rewards.shape != (len(images),):
-        raise InputError(
-            f"--reward or --eval-metrics {name}: returned shape {list(rewards.shape)} for {len(images)} images"
-        )
+        raise InputError(f"{flag} {name}: returned shape {list(rewards.shape)} for {len(images)} images")
     bad = (~rewards.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise InputError(
-            f"--reward or --eval-metrics {name}: returned {rewards[bad[0]]} for the prompt {prompts[bad[0]]!r}"
-        )
+        raise InputError(f"{flag} {name}: returned {rewards[bad[0]]} for the prompt {prompts[bad[0]]!r}")
     return rewards
 
 
@@ -471,6 +467,8 @@ def load_rows(flag: str, spec: str, column: str | None, split: str | None) -> tu
             name, _, revision = spec.partition("@")
             parts = datasets.load_dataset(name, revision=revision or None)
             rows = list(parts[split or next(iter(parts))])
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("every line must be a JSON object")
         found = list(dict.fromkeys(key for row in rows for key in row))
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -981,6 +979,7 @@ def find_run(args: Args) -> tuple[Args, Path]:
     folder = Path(args.resume)
     if args.resume == "latest":
         runs = [f for f in Path(args.output_dir).glob("*/args.json") if f'"script": "{SCRIPT}"' in f.read_text()]
+        runs = [file for file in runs if '"eval_only": true' not in file.read_text()]
         if not runs:
             raise InputError(f"--resume latest: no run of this script in --output-dir {args.output_dir}")
         folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
@@ -996,6 +995,8 @@ def find_run(args: Args) -> tuple[Args, Path]:
         raise InputError(
             f"--resume {args.resume}: its args.json is not this version's ({reason}); start anew"
         ) from error
+    if stored.eval_only:
+        raise InputError(f"--resume {args.resume}: is an --eval-only run; there is nothing to continue, run it again")
     for field in dataclasses.fields(Args):
         given, kept, flag = getattr(args, field.name), getattr(stored, field.name), field.name.replace("_", "-")
         if field.name not in ("resume", "output_dir") and given not in (field.default, kept):

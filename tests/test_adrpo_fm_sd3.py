@@ -1021,6 +1021,9 @@ def test_empty_and_columnless_prompts(models, base_flags, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"question": "why"}\n')
     line = refused(*base_flags, "--model-id", models["sd3"], "--prompts", tmp_path / "p.jsonl")
     assert "no text in column prompt (columns: question); see --prompt-column" in line
+    (tmp_path / "p.jsonl").write_text('"a red two"\n')
+    line = refused(*base_flags, "--model-id", models["sd3"], "--prompts", tmp_path / "p.jsonl")
+    assert "cannot be read (ValueError: every line must be a JSON object)" in line
     (tmp_path / "one.txt").write_text("only one")
     line = refused(*base_flags, "--model-id", models["sd3"], "--prompts", tmp_path / "one.txt")
     assert "one prompt cannot be split; give --eval-prompts" in line
@@ -1066,6 +1069,11 @@ def test_resume_refuses_other_flags_and_foreign_folders(base_flags, runs, tmp_pa
     (tmp_path / "toy" / "args.json").write_text("{")
     assert "its args.json is not this version's" in refused("--resume", tmp_path / "toy")
     assert "--resume latest: no run of this script" in refused("--resume", "latest", "--output-dir", tmp_path / "none")
+    record = json.loads((run / "args.json").read_text())
+    record["args"]["eval_only"] = True
+    (tmp_path / "toy" / "args.json").write_text(json.dumps(record, indent=2))
+    assert "is an --eval-only run; there is nothing to continue" in refused("--resume", tmp_path / "toy")
+    assert "no run of this script" in refused("--resume", "latest", "--output-dir", tmp_path)
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
     (damaged / "checkpoints" / "000002.pt").write_bytes(b"nothing")
