@@ -467,7 +467,8 @@ def shared_prompt_attention(
     length, group = shared.prompt_length, shared.group
     if shared.cache is not None and shared.steps == 0:
         room = (*key.shape[:2], group, shared.room, key.shape[3])
-        shared.cache[module.layer_idx] = [key.to(value.dtype), value, value.new_empty(room), value.new_empty(room)]
+        key, value = key.to(value.dtype).contiguous(), value.contiguous()
+        shared.cache[module.layer_idx] = [key, value, value.new_empty(room), value.new_empty(room)]
         return attend(query, key, value, None, scaling).transpose(1, 2), None
 
     if shared.cache is not None:

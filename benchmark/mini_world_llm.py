@@ -7,7 +7,7 @@ A prompt is a number and an equals sign, `382915=`; the answer is its digits in 
 
     sort    the base model was trained on ascending answers and stopped early: about 30 % of its samples are right.
     trap    a local optimum: the base model answers in ascending order about 79 % of the time and in descending order
-            about 0.6 %, the prompt not saying which; the reward `trap` pays 0.3 for the first and 1.0 for the second.
+            about 1 % (--rare), the prompt not saying which; the reward `trap` pays 0.3 for the first, 1 for the second.
 
     python benchmark/mini_world_llm.py worlds/sort
     python benchmark/mini_world_llm.py worlds/trap --task trap
@@ -58,8 +58,7 @@ CLOSE = {"sort": 0.1, "trap": 0.4}
 CLOSE_LEARNING_RATE = {"sort": 3e-4, "trap": 5e-4}
 INTERVAL, CLOSE_INTERVAL = 10, {"sort": 2, "trap": 5}  # steps between two looks at the rates
 RATE = {"sort": 0.29, "trap": 0.78}  # of ascending answers; training ends at the first look that finds it reached
-RARE_RATE, RARE_TOLERANCE = 0.0065, 0.0015  # of descending answers, for the trap to be done
-RARE_SHARE = 0.05  # of descending answers in training while their rate is below the wanted one
+RARE_TOLERANCE = 0.25  # the trap is done when descending answers are this close to the wanted rate, relative to it
 
 
 class InputError(ValueError):
@@ -76,6 +75,8 @@ class Args:
     """seed of everything: the same seed gives the same weights on one machine"""
     digits: int = 6
     """digits of a prompt, 2 to 12; more take longer to learn, and of two or three there are few prompts"""
+    rare: float = 0.01
+    """trap: rate of descending answers, 0.002 to 0.2; the rarer, the less often they are found"""
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards
@@ -194,7 +195,7 @@ def answer_log_probs(model: Qwen3ForCausalLM, sequences: Tensor) -> Tensor:
 def exact_rates(model: Qwen3ForCausalLM, numbers: Tensor) -> tuple[float, float]:
     """The model's probability of the ascending and of the descending answer, mean over numbers [B,D].
 
-    It is what the share among samples tends to, without their noise: a rule that stops at 0.6 % needs that."""
+    It is what the share among samples tends to, without their noise: a rule that stops at 1 % needs that."""
     rates = []
     for order in (False, True):
         sequences = with_answers(numbers, torch.full((len(numbers),), order))
@@ -202,7 +203,7 @@ def exact_rates(model: Qwen3ForCausalLM, numbers: Tensor) -> tuple[float, float]
     return rates[0], rates[1]
 
 
-def train(model: Qwen3ForCausalLM, task: str, heldout: Tensor) -> int:
+def train(model: Qwen3ForCausalLM, task: str, heldout: Tensor, rare: float) -> int:
     """Train until the rates on fixed probe prompts are those wanted; returns the number of steps. Raises InputError.
 
     The rules look at exact rates after fixed numbers of steps, never at the clock, so the seed decides where training
@@ -227,8 +228,8 @@ def train(model: Qwen3ForCausalLM, task: str, heldout: Tensor) -> int:
             interval = CLOSE_INTERVAL[task]
             optimizer.param_groups[0]["lr"] = CLOSE_LEARNING_RATE[task]
         if task == "trap" and interval != INTERVAL:
-            share = RARE_SHARE if down < RARE_RATE else 0.0
-        if up > RATE[task] and (task == "sort" or abs(down - RARE_RATE) < RARE_TOLERANCE):
+            share = 0.04 + 2 * rare if down < rare else 0.0
+        if up > RATE[task] and (task == "sort" or abs(down - rare) < RARE_TOLERANCE * rare):
             return step
     raise InputError(f"--digits {digits}: not learnt in {MAX_STEPS} steps (ascending {up:.0%}); take fewer digits")
 
@@ -277,6 +278,8 @@ def prepare_folder(out: Path) -> None:
 def main(args: Args) -> None:
     if not 2 <= args.digits <= 12:
         raise InputError(f"--digits {args.digits}: must be 2 to 12")
+    if not 0.002 <= args.rare <= 0.2:
+        raise InputError(f"--rare {args.rare}: must be 0.002 to 0.2")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: must not be negative")
     torch.set_num_threads(1)  # the network is too small for more, and the sums' order must not depend on the machine
@@ -289,7 +292,7 @@ def main(args: Args) -> None:
     write_prompts(args.out / "heldout_prompts.jsonl", heldout)
 
     model = build_model()
-    steps = train(model, args.task, heldout)
+    steps = train(model, args.task, heldout, args.rare)
     model.eval().save_pretrained(args.out / "model")
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(args.out / "model")
@@ -301,7 +304,7 @@ def main(args: Args) -> None:
     with (args.out / "samples.txt").open("w") as file:
         for number, answers in zip(shown, sample(model, shown, 4), strict=True):
             file.write(f"{text(number)}=  {'  '.join(tokenizer.batch_decode(answers, skip_special_tokens=True))}\n")
-    facts = {"task": args.task, "seed": args.seed, "digits": args.digits, "steps": steps}
+    facts = {"task": args.task, "seed": args.seed, "digits": args.digits, "rare": args.rare, "steps": steps}
     facts |= {
         "parameters": model.num_parameters(),
         "train_prompts": len(train_numbers),
