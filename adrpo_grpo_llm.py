@@ -226,26 +226,30 @@ def model_reward(model_id: str, batch: int, device: torch.device, dtype: torch.d
             "classifier write a --reward path.py:function"
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Not the token a text may end with: transformers takes the logit of the last token that is not padding.
+        tokenizer.pad_token = tokenizer.bos_token or tokenizer.unk_token or tokenizer.eos_token
     config = model.config.get_text_config()
     config.pad_token_id = tokenizer.pad_token_id  # by which transformers finds the last token, whose logit counts
     limit = getattr(config, "max_position_embeddings", None) or 2048
+    tokenizer.truncation_side = "left"  # of a text that is too long the completion stays
 
     def text(prompt: str | list[dict], completion: str) -> str:
         messages = [*as_messages(prompt), {"role": "assistant", "content": completion}]
         if not tokenizer.chat_template:
             return "\n".join(message["content"] for message in messages)
-        written = tokenizer.apply_chat_template(messages, tokenize=False)
-        return written.removeprefix(tokenizer.bos_token or "")  # the tokenizer puts it there itself
+        return tokenizer.apply_chat_template(messages, tokenize=False)
 
     @torch.no_grad()
     def reward(prompts: list, completions: list[str], rows: list[dict]) -> Tensor:
         texts, logits = list(map(text, prompts, completions)), []
+        unique = list(dict.fromkeys(texts))  # else a batch's rounding makes advantages out of equal completions
         options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": limit}
-        for start in range(0, len(texts), batch):
-            inputs = tokenizer(texts[start : start + batch], return_tensors="pt", **options).to(device)
-            logits.append(model(**inputs).logits[:, 0].float())
-        return torch.cat(logits)
+        options["add_special_tokens"] = not tokenizer.chat_template  # a template writes them itself
+        for start in range(0, len(unique), batch):
+            inputs = tokenizer(unique[start : start + batch], return_tensors="pt", **options).to(device)
+            logits += model(**inputs).logits[:, 0].tolist()
+        values = dict(zip(unique, logits, strict=True))
+        return torch.tensor([values[one] for one in texts])
 
     return reward
 
@@ -474,14 +478,14 @@ def shared_prompt_attention(
     if shared.cache is not None:
         # One new token for each completion. The group's queries read the prompt's keys together, each reads its own.
         prompt_key, prompt_value, own_key, own_value = shared.cache[module.layer_idx]
-        steps = shared.steps
+        steps, (rows, heads, _, size) = shared.steps, query.shape
         own_key[:, :, :, steps - 1], own_value[:, :, :, steps - 1] = key, value
-        rows, heads, _, size = query.shape
+        scaling = size**-0.5 if scaling is None else scaling
         query = query.view(rows, key.shape[1], -1, group, size).transpose(2, 3)  # [B,k,G,h/k,d]
-        together = query.flatten(2, 3) @ prompt_key.mT * (size**-0.5 if scaling is None else scaling)  # [B,k,G*h/k,P]
+        together = query.flatten(2, 3) @ prompt_key.mT * scaling  # [B,k,G*h/k,P]
         if shared.padding is not None:
             together = together.masked_fill(shared.padding[:, None, None], -math.inf)
-        alone = query @ own_key[:, :, :, :steps].mT * (size**-0.5 if scaling is None else scaling)  # [B,k,G,h/k,t]
+        alone = query @ own_key[:, :, :, :steps].mT * scaling  # [B,k,G,h/k,t]
         logits = torch.cat([together.view(*alone.shape[:-1], length), alone], dim=-1)
         weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
         out = (weights[..., :length].flatten(2, 3) @ prompt_value).view_as(query)
@@ -606,9 +610,7 @@ def load_policy(args: Args, dtype: torch.dtype) -> Policy:
     Raises InputError for one that cannot be had, or whose attention is another."""
     source = args.model_id
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype if args.lora_rank else torch.float32, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype if args.lora_rank else torch.float32)
     except Exception as error:
         remedy = "give a folder with a causal language model, or log in with `hf auth login` if it is gated"
         raise InputError(f"--model-id {source}: cannot be loaded ({one_line(error)}); {remedy}") from error
@@ -625,6 +627,9 @@ def load_policy(args: Args, dtype: torch.dtype) -> Policy:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # rollout, old policy and reference must be the same function
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # where dropout is a function, not a module
+                setattr(module, name, 0.0)
     check_attention(model, source)
     if args.lora_rank:
         targets = args.lora_targets[0] if args.lora_targets == ("all-linear",) else list(args.lora_targets)
@@ -643,17 +648,16 @@ def load_policy(args: Args, dtype: torch.dtype) -> Policy:
 def check_attention(model: nn.Module, source: str) -> None:
     """Raise InputError unless shared-prompt rows give the model's own log-probabilities, on a few tokens. Leaves the
     model reading shared-prompt rows."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator) for n in (5, 3)]
-    completions = torch.randint(model.config.get_text_config().vocab_size, (2, 2, 4), generator=generator)
-    model.eval()
+    generator, vocabulary = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
+    prompts = [torch.randint(vocabulary, (length,), generator=generator) for length in (5, 3)]
+    completions = torch.randint(vocabulary, (2, 2, 4), generator=generator)
     expected = torch.zeros(2, 2, 4)
-    for row, group in enumerate(completions):
-        for column, completion in enumerate(group):
-            logits = model(torch.cat([prompts[row], completion])[None]).logits[0, len(prompts[row]) - 1 : -1].float()
-            expected[row, column] = logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
-    model.set_attn_implementation("shared_prompt")
     try:
+        for row, group in enumerate(completions):
+            for column, completion in enumerate(group):
+                logits = model(torch.cat([prompts[row], completion])[None]).logits[0, len(prompts[row]) - 1 : -1]
+                expected[row, column] = logits.float().log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
+        model.set_attn_implementation("shared_prompt")
         got, _ = completion_log_probabilities(Policy(model), [p.tolist() for p in prompts], completions, 1.0)
         error = (got - expected).abs().mean().item()
         right = error < (1e-3 if model.dtype == torch.float32 else 0.2)  # another attention is off by several nats
@@ -689,11 +693,13 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, order = (logits / temperature).softmax(-1), None
-    if top_p < 1 or top_k > 0:
+    if top_p < 1 or top_k > 0:  # first top-k, then top-p of what is left, as transformers does
         probabilities, order = probabilities.sort(-1, descending=True)
+        if top_k > 0:
+            probabilities[..., top_k:] = 0
+            probabilities /= probabilities.sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
-        rank = torch.arange(logits.shape[-1], device=logits.device)
-        probabilities = probabilities * ((before < top_p) & (rank < (top_k or logits.shape[-1])))
+        probabilities = probabilities * (before < top_p)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniforms[..., None] * cumulative[..., -1:], right=True)
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
@@ -963,6 +969,9 @@ def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     sharded (FSDP). Called by every process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     model, optimizer_state = get_state_dict(network, optimizer, options=options)
+    # torch leaves frozen weights out under one name only; a tied output head has two.
+    frozen = {name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    model = {name: tensor for name, tensor in model.items() if not {name, f"module.{name}"} & frozen}
     return {"model": model, "optimizer": optimizer_state}
 
 
@@ -1107,7 +1116,6 @@ def main(args: Args) -> None:
     frozen = None
     if not args.lora_rank:
         frozen = accelerator.prepare_model(copy.deepcopy(policy).requires_grad_(False), evaluation_mode=True)
-        frozen.train()  # as the policy: there is no dropout
     if args.compile:
         for layer in decoder(policy.model).layers:
             layer.compile(dynamic=True)

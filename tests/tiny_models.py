@@ -7,11 +7,28 @@ import open_clip
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from benchmark import mini_world_sd3 as world
 
 # SD3 medium normalises neither queries nor keys; SD3.5 does, and its first blocks have a second attention on the image.
 SD3_STYLES = {"sd3": {}, "sd3.5": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}}
+
+LM_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # of adrpo_grpo_llm.py
+PAD, EOS, BOS, UNK, TURN, END = range(6)  # the first tokens; the last two open and close a turn of a chat
+MARKS = ("<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<end>")
+WORDS = "user assistant system one two three four five six seven eight nine ten red blue green black white small big"
+WORDS += " old new cat dog fox bird fish tree stone river hill road house door sees eats finds likes keeps makes under"
+WORDS += " over near behind and or not the a is very a<b &amp; ( ) . , ? !"
+CHAT = "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+CHAT += "{% if add_generation_prompt %}<turn> assistant {% endif %}"
 
 
 def make_sd3(folder: Path, style: str = "sd3", layers: int = 2) -> Path:
@@ -56,3 +73,51 @@ def load_sd3(folder: Path) -> StableDiffusion3Pipeline:
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_tokenizer(folder: Path, chat=True, bos=False, adds_bos=False, pad=True, ends=False) -> None:
+    """One token a word, into `folder`. bos: the chat template begins with <bos>; adds_bos: so does every text;
+    ends: the chat template ends with <eos>."""
+    vocabulary = {token: number for number, token in enumerate((*MARKS, *WORDS.split()))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=MARKS[UNK]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    special = {"eos_token": "<eos>", "unk_token": "<unk>", "additional_special_tokens": ["<turn>", "<end>"]}
+    special |= {"pad_token": "<pad>"} if pad else {}
+    special |= {"bos_token": "<bos>"} if bos else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    if chat:
+        fast.chat_template = ("{{ bos_token }}" if bos else "") + CHAT + ("<eos>" if ends else "")
+    fast.save_pretrained(folder)
+
+
+def lm_config(family: str, **changes):
+    """Two layers of four heads, large random weights: distributions that are not flat."""
+    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.3}
+    options |= {"vocab_size": len(MARKS) + len(WORDS.split()), "tie_word_embeddings": family.startswith("qwen")}
+    options |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    return AutoConfig.for_model(family, **options | changes)
+
+
+def make_lm(folder: Path, family: str = "qwen3", chat: bool = True, **changes) -> Path:
+    """A random language model with its tokenizer; <eos> and <end> are its stop tokens, and likely. (For text not qwen2:
+    transformers reads its tokenizers as byte-level ones, whatever is in the folder.)"""
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(lm_config(family, **changes))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[[EOS, END]] *= 1.7
+    model.generation_config = GenerationConfig(eos_token_id=[EOS, END], pad_token_id=PAD)
+    model.save_pretrained(folder)
+    make_tokenizer(folder, chat)
+    return folder
+
+
+def make_reward_lm(folder: Path, num_labels: int = 1, context: int = 128, **tokenizer) -> Path:
+    """A random sequence classifier with a tokenizer of its own, which writes one <bos> in front."""
+    torch.manual_seed(3)
+    config = lm_config("llama", num_labels=num_labels, max_position_embeddings=context)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    make_tokenizer(folder, **{"bos": True, "adds_bos": True} | tokenizer)
+    return folder
