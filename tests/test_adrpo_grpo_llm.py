@@ -39,6 +39,7 @@ from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "adrpo_grpo_llm.py"
+DOCS = ROOT / "docs" / "adrpo_grpo_llm.md"
 FAMILIES = list(tiny_models.LM_FAMILIES)
 STOP = [tiny_models.EOS, tiny_models.END]
 TIMING = re.compile(r"charts/(seconds_.*|tokens_per_second|peak_memory_gb)")
@@ -274,7 +275,7 @@ def test_shares_cover_everything_in_order(count, processes):
     assert [i for share in shares for i in share][:count] == list(range(count))
 
 
-@pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.7, 0), (0.2, 0), (1.0, 3), (1.0, 99)])
+@pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.7, 0), (0.2, 0), (1.0, 3), (1.0, 99), (0.7, 4)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_chosen_tokens_have_the_frequencies_of_the_stock_warpers(temperature, top_p, top_k):
     """On an even grid of uniforms a token's count is its probability times the grid's size, give or take one."""
@@ -1168,7 +1169,7 @@ def test_a_non_finite_loss_saves_the_last_good_weights(base_flags, tmp_path):
     assert finite.abs().max() > 1e20  # one step of that size was finite
 
 
-# -------------------------------------------------------------------------------------------------------------- G. help
+# ------------------------------------------------------------------------------------------------------ G. help, docs
 
 
 def test_help_teaches_every_flag():
@@ -1182,3 +1183,18 @@ def test_help_teaches_every_flag():
             assert f"--{field.target.id.replace('_', '-')}" in out
     for words in ("baseline", "KL coefficient", "benchmark/mini_world_llm.py"):
         assert words in out
+
+
+def test_every_logged_tag_is_documented(runs):
+    rows = [row for kind in KINDS for row in read_metrics(runs[kind][0], timing=True)]
+    written = {re.sub(r"(reward[/_])(words|length)$", r"\1NAME", tag) for row in rows for tag in row} - {"step"}
+    prefixes = "reward|eval|losses|adrpo|completions|sampling|clip_ratio|charts"
+    documented = set(re.findall(rf"`((?:{prefixes})/[A-Za-z0-9_/]+|kl|entropy)`", DOCS.read_text()))
+    assert written | {"adrpo/coefficient"} == documented  # that is a histogram
+
+
+def test_every_flag_in_the_docs_exists():
+    flags = {f"--{name.replace('_', '-')}" for name in llm.Args.__dataclass_fields__}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", DOCS.read_text()))
+    others = {"--nproc-per-node", "--use-fsdp", "--fsdp-version", "--num-processes", "--help", "--task", "--gpu"}
+    assert named <= flags | others
