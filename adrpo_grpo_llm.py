@@ -686,13 +686,11 @@ def stop_tokens(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBas
 # ----------------------------------------------------------------------------------------------------------- rollout
 
 
-def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One token for each distribution, by its inverse cumulative function at a given uniform number: logits [..., V],
-    uniforms [...] -> [...]. Given numbers, not a generator's state: the result does not depend on how the batch is
-    cut, or on the number of processes. temperature 0: the likeliest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities, order = (logits / temperature).softmax(-1), None
+def choose_tokens(probabilities: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
+    """One token for each distribution, by its inverse cumulative function at a given uniform number: probabilities
+    [..., V], uniforms [...] -> [...]. Given numbers, not a generator's state: the result does not depend on how the
+    batch is cut, or on the number of processes."""
+    order = None
     if top_p < 1 or top_k > 0:  # first top-k, then top-p of what is left, as transformers does
         probabilities, order = probabilities.sort(-1, descending=True)
         if top_k > 0:
@@ -702,7 +700,7 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
         probabilities = probabilities * (before < top_p)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniforms[..., None] * cumulative[..., -1:], right=True)
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
     return (tokens if order is None else order.gather(-1, tokens)).squeeze(-1)
 
 
@@ -735,9 +733,12 @@ def rollout(
     slots = torch.arange(group, device=device).expand(rows, -1)
     for step in range(longest):
         at = groups[:, None], slots
-        token = choose_tokens(logits, uniforms[..., step][at], temperature, top_p, top_k)
-        chosen = logits.gather(-1, token[..., None]).squeeze(-1) / (temperature or 1)
-        chosen = chosen - (logits / (temperature or 1)).logsumexp(-1)
+        probabilities = (logits / (temperature or 1)).softmax(-1)
+        if temperature == 0:
+            token = probabilities.argmax(-1)
+        else:
+            token = choose_tokens(probabilities, uniforms[..., step][at], top_p, top_k)
+        chosen = probabilities.gather(-1, token[..., None]).squeeze(-1).log()
         tokens[..., step][at] = token.masked_fill(done[at], 0)
         logp[..., step][at] = chosen.masked_fill(done[at], 0)
         ended = torch.isin(token, stop) & ~done[at]
@@ -1120,7 +1121,7 @@ def main(args: Args) -> None:
         for layer in decoder(policy.model).layers:
             layer.compile(dynamic=True)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     network, optimizer = accelerator.prepare(policy, optimizer)
     # Without gradients no DDP is needed. accelerate has put autocast into the forward of both networks.
     policy = accelerator.unwrap_model(network)

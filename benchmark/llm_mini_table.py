@@ -120,8 +120,9 @@ def paired(runs: list[dict], task: str, one: str, other: str) -> list[str]:
 def curves(runs: list[dict], path: Path) -> None:
     """Reward against entropy, reward and entropy over the iterations; mean and standard error; a row per task."""
     tasks = sorted({run["task"] for run in runs})
-    shown = ["grpo-0", "grpo-0.04", "grpo-0.3", "adrpo-0.04", "adrpo-0.04-k2", "adrpo-0.3"]
-    colours = dict(zip(shown, ("grey", "tab:blue", "tab:cyan", "tab:red", "tab:purple", "tab:orange"), strict=True))
+    shown = ["grpo-0", "grpo-0.04", "grpo-0.08", "grpo-0.3", "adrpo-0.04", "adrpo-0.04-k2", "adrpo-0.3"]
+    names = ("grey", "tab:blue", "navy", "tab:cyan", "tab:red", "tab:purple", "tab:orange")
+    colours = dict(zip(shown, names, strict=True))
     figure, axes = plt.subplots(len(tasks), 3, figsize=(15, 4.2 * len(tasks)), squeeze=False)
     for row, task in enumerate(tasks):
         for setting in shown:
@@ -152,7 +153,7 @@ def coefficients(runs: Path, path: Path) -> None:
     figure, axes = plt.subplots(1, len(settings), figsize=(14, 3), sharey=True)
     edges = np.linspace(-0.06, 0.14, 41)
     for axis, (setting, title) in zip(axes, settings, strict=True):
-        events = EventAccumulator(str(runs / f"trap1-{setting}-seed1"), {HISTOGRAMS: 0}).Reload()
+        events = EventAccumulator(str(runs / f"trap4-{setting}-seed1"), {HISTOGRAMS: 0}).Reload()
         counts = np.zeros(len(edges) - 1)
         for event in events.Histograms("adrpo/coefficient"):
             value = event.histogram_value
@@ -183,8 +184,10 @@ def main(worlds: Path, folder: Path, out: Path) -> None:
     for task, settings in sorted(by_task.items()):
         for setting in sorted(settings, key=order):
             method, beta0, *_ = setting.split("-")
-            if method == "adrpo" and f"grpo-{beta0}" in settings:
-                rows.append(paired(runs, task, setting, f"grpo-{beta0}"))
+            # The same beta0, and twice: with k = 1 that is the coefficient of adrpo's worse completions.
+            for other in (f"grpo-{beta0}", f"grpo-{2 * float(beta0):g}"):
+                if method == "adrpo" and other in settings:
+                    rows.append(paired(runs, task, setting, other))
     text += f"## adrpo against grpo, same base model and seed\n\n{table(rows)}\n"
     text += (
         "Mean ± standard error over base models and seeds; p of a paired t-test, of Fisher's exact test for escapes, "

@@ -285,17 +285,18 @@ def test_chosen_tokens_have_the_frequencies_of_the_stock_warpers(temperature, to
         warped = TopKLogitsWarper(top_k)(None, warped)
     if top_p < 1:
         warped = TopPLogitsWarper(top_p)(None, warped)
-    tokens = llm.choose_tokens(logits[:, None].expand(-1, 4000, -1), grid.expand(3, -1), temperature, top_p, top_k)
+    probabilities = (logits / temperature).softmax(-1)[:, None].expand(-1, 4000, -1)
+    tokens = llm.choose_tokens(probabilities, grid.expand(3, -1), top_p, top_k)
     counts = torch.stack([row.bincount(minlength=12) for row in tokens])
     assert ((counts - 4000 * warped.softmax(-1)).abs() <= 1.01).all()
 
 
-def test_choosing_at_the_ends_and_greedily():
+def test_choosing_at_the_ends_and_the_likeliest():
     logits = numbers(5, 12, dtype=torch.float32)
-    assert torch.equal(llm.choose_tokens(logits, torch.rand(5), 0, 0.5, 2), logits.argmax(-1))
+    assert torch.equal(llm.choose_tokens(logits.softmax(-1), torch.rand(5), 0.5, 1), logits.argmax(-1))
     logits[:, 0] = logits[:, -1] = -math.inf
     for number in (0.0, 1 - 2**-24):
-        tokens = llm.choose_tokens(logits, torch.full((5,), number), 1.0, 1.0, 0)
+        tokens = llm.choose_tokens(logits.softmax(-1), torch.full((5,), number), 1.0, 0)
         assert ((tokens > 0) & (tokens < 11)).all()
 
 
