@@ -1197,5 +1197,14 @@ def test_every_logged_tag_is_documented(runs):
 def test_every_flag_in_the_docs_exists():
     flags = {f"--{name.replace('_', '-')}" for name in llm.Args.__dataclass_fields__}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", DOCS.read_text()))
-    others = {"--nproc-per-node", "--use-fsdp", "--fsdp-version", "--num-processes", "--help", "--task", "--gpu"}
+    others = {
+        "--nproc-per-node",
+        "--use-fsdp",
+        "--fsdp-version",
+        "--num-processes",
+        "--help",
+        "--task",
+        "--gpu",
+        "--rare",
+    }
     assert named <= flags | others
