@@ -345,13 +345,17 @@ def read_questions(flag: str, spec: str) -> list[dict]:
                 raise InputError(
                     f"--{flag} {spec}: row {number} is not AVQA's ({type(error).__name__} {error})"
                 ) from error
-        row = {"id": str(number), "audio": row.get("audio_id")} | row
+        row = {"id": number, "audio": row.get("audio_id")} | row
+        row["id"] = str(row["id"])
         missing = [key for key in ("audio", "question", "choices", "answer") if not row.get(key)]
         if missing:
             raise InputError(
                 f"--{flag} {spec}: row {number} has no {missing[0]}; a row is audio, question, choices, answer"
             )
-        if not isinstance(row["choices"], list) or row["answer"] not in row["choices"]:
+        texts = (row["audio"], row["question"], *row["choices"])
+        if not isinstance(row["choices"], list) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"--{flag} {spec}: row {number}: audio, question and each of the choices must be text")
+        if row["answer"] not in row["choices"]:
             raise InputError(f"--{flag} {spec}: row {number}: the answer {row['answer']!r} is not among the choices")
         if row["id"] in seen:
             raise InputError(f"--{flag} {spec}: the id {row['id']} is there twice")
@@ -366,8 +370,10 @@ def clip_problem(path: Path) -> str | None:
         with soundfile.SoundFile(path) as file:
             if file.frames < 0.1 * file.samplerate:
                 return f"{file.frames} samples: shorter than 0.1 s"
+            declared = re.search(r"^data : (\d+) \(should be \d+\)", file.extra_info, re.MULTILINE)
             file.seek(file.frames - 1)
-            if len(file.read(1)) != 1:
+            cut = declared and int(declared[1]) < 2**31 - 2**16  # above: a stream of unknown length
+            if len(file.read(1)) != 1 or cut:
                 return "truncated"
     except (OSError, RuntimeError) as error:
         return one_line(error)
@@ -409,9 +415,9 @@ def find_clips(flag: str, spec: str, folder: str | None, rows: list[dict]) -> tu
     return questions, problems
 
 
-def load_questions(args: Args) -> tuple[list[Question], list[Question], dict[str, str], str]:
-    """Training and evaluation questions, the clips that were skipped and why, and a sentence on all that.
-    Raises InputError, also for training on an evaluation split."""
+def load_questions(args: Args) -> tuple[list[Question], list[Question], list[dict], dict[str, str], str]:
+    """Training and evaluation questions, all evaluation rows (with those whose clips cannot be used), the clips that
+    were skipped and why, and a sentence on all that. Raises InputError, also for training on an evaluation split."""
     sources = {"train-data": (args.train_data, args.audio_dir), "eval-data": (args.eval_data, args.eval_audio_dir)}
     rows = {flag: read_questions(flag, spec) if spec else [] for flag, (spec, _) in sources.items()}
     if not args.eval_only and not args.train_on_eval:
@@ -425,17 +431,21 @@ def load_questions(args: Args) -> tuple[list[Question], list[Question], dict[str
         rows["eval-data"] = rows["train-data"][::10]
         rows["train-data"] = [row for i, row in enumerate(rows["train-data"]) if i % 10]
         sources["eval-data"] = sources["train-data"]
+    rows["eval-data"] = rows["eval-data"][: args.eval_max]
+    unknown = [row["task"] for row in rows["eval-data"] if row.get("task", TASKS[0]) not in TASKS]
+    if unknown:
+        source = f"--eval-data {args.eval_data}" if args.eval_data else f"--train-data {args.train_data}"
+        raise InputError(f"{source}: the task {unknown[0]!r} is none of {', '.join(TASKS)}")
     found, skipped = {}, {}
     for flag, (spec, folder) in sources.items():
-        wanted = rows[flag][: args.eval_max] if flag == "eval-data" else rows[flag]
-        found[flag], problems = find_clips(flag, spec, folder, wanted) if wanted else ([], {})
+        found[flag], problems = find_clips(flag, spec, folder, rows[flag]) if rows[flag] else ([], {})
         skipped |= problems
     if not args.eval_only and not found["train-data"]:
         raise InputError(f"--train-data {args.train_data}: one question cannot be split; give --eval-data")
     note = f"{len(found['train-data'])} training questions, {len(found['eval-data'])} for evaluation"
     note += "" if args.eval_data else " (every tenth)"
     note += f"; {len(skipped)} clips cannot be used: skipped.json" if skipped else ""
-    return found["train-data"], found["eval-data"], skipped, note
+    return found["train-data"], found["eval-data"], rows["eval-data"], skipped, note
 
 
 def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget: int) -> str:
@@ -705,7 +715,9 @@ def load_model(args: Args, dtype: torch.dtype) -> tuple[nn.Module, transformers.
         language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()  # else a LoRA behind frozen embeddings gets no gradient
     language_model(model).set_attn_implementation("shared_prompt")
-    return model.train(), processor  # checkpointing works in training mode only; there is no dropout left
+    model.train()
+    (model.get_base_model() if isinstance(model, peft.PeftModel) else model).model.audio_tower.eval()
+    return model, processor  # checkpointing works in training mode only; there is no dropout left
 
 
 class EmbeddingsReady(Exception):
@@ -718,7 +730,11 @@ def embed_question(
 ) -> Tensor:
     """What stock transformers feeds the language model for a question and its clip: embeddings [L,D], the audio tower's
     output in the places of the audio tokens. Raises InputError where the processor makes nothing of the clip."""
-    inputs = processor(text=text, audio=[wave], sampling_rate=SAMPLE_RATE, return_tensors="pt").to(device)
+    try:
+        with torch.autocast("cpu", enabled=False):  # the spectrogram is float32 whatever the model is
+            inputs = processor(text=text, audio=[wave], sampling_rate=SAMPLE_RATE, return_tensors="pt").to(device)
+    except ValueError as error:
+        raise InputError(f"--model-id: its processor returns no audio features ({one_line(error)})") from error
     token = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
     if "input_features" not in inputs or not (inputs["input_ids"] == token).any():
         raise InputError("--model-id: its processor returns no audio features; the model would hear nothing")
@@ -759,13 +775,11 @@ def special_tokens(model: nn.Module, processor: transformers.ProcessorMixin) -> 
 # ----------------------------------------------------------------------------------------------------------- rollout
 
 
-def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One token for each distribution, by its inverse cumulative function at a given uniform number: logits [..., V],
-    uniforms [...] -> [...]. Given numbers, not a generator's state: the result does not depend on how the batch is
-    cut, or on the number of processes. temperature 0: the likeliest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities, order = (logits / temperature).softmax(-1), None
+def choose_tokens(probabilities: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
+    """One token for each distribution, by its inverse cumulative function at a given uniform number: probabilities
+    [..., V], uniforms [...] -> [...]. Given numbers, not a generator's state: the result does not depend on how the
+    batch is cut, or on the number of processes."""
+    order = None
     if top_p < 1 or top_k > 0:  # first top-k, then top-p of what is left, as transformers does
         probabilities, order = probabilities.sort(-1, descending=True)
         if top_k > 0:
@@ -775,7 +789,7 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
         probabilities = probabilities * (before < top_p)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniforms[..., None] * cumulative[..., -1:], right=True)
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
     return (tokens if order is None else order.gather(-1, tokens)).squeeze(-1)
 
 
@@ -809,9 +823,12 @@ def rollout(
     slots = torch.arange(group, device=device).expand(rows, -1)
     for step in range(longest):
         at = groups[:, None], slots
-        token = choose_tokens(logits, uniforms[..., step][at], temperature, top_p, top_k)
-        chosen = logits.gather(-1, token[..., None]).squeeze(-1) / (temperature or 1)
-        chosen = chosen - (logits / (temperature or 1)).logsumexp(-1)
+        probabilities = (logits / (temperature or 1)).softmax(-1)
+        if temperature == 0:
+            token = probabilities.argmax(-1)
+        else:
+            token = choose_tokens(probabilities, uniforms[..., step][at], top_p, top_k)
+        chosen = probabilities.gather(-1, token[..., None]).squeeze(-1).log()
         tokens[..., step][at] = token.masked_fill(done[at], 0)
         logp[..., step][at] = chosen.masked_fill(done[at], 0)
         ended = torch.isin(token, stop) & ~done[at]
@@ -1140,6 +1157,8 @@ def check_args(args: Args, processes: int) -> None:
     notbelow = "seed lora_rank beta0 weight_decay eval_temperature think_budget"
     rules += [(name, "0 or more", getattr(args, name) >= 0) for name in notbelow.split()]
     rules.append(("group_size", "at least 2: the others are the baseline", args.group_size >= 2))
+    rules.append(("max_audio_seconds", "at least 0.1", args.max_audio_seconds >= 0.1))
+    rules.append(("reward_weights", "finite", all(map(math.isfinite, args.reward_weights))))
     rules.append(("adv_clip_k", "above 0", args.adv_clip_k is None or args.adv_clip_k > 0))
     rules.append(("eval_max", "above 0", args.eval_max is None or args.eval_max > 0))
     rules.append(("think_budgets", "0 or more", all(budget >= 0 for budget in args.think_budgets or ())))
@@ -1231,20 +1250,13 @@ def main(args: Args) -> None:
     transformers.utils.logging.set_verbosity_error()
 
     # Questions and clips first: they are quick to be wrong.
-    train, heldout, skipped, note = load_questions(args)
-    if args.eval_data:
-        wanted = read_questions("eval-data", args.eval_data)[: args.eval_max]
-    else:
-        wanted = [question.row for question in heldout]
-    unknown = [row["task"] for row in wanted if row.get("task", "sound") not in TASKS]
-    if unknown:
-        raise InputError(f"--eval-data {args.eval_data}: the task {unknown[0]!r} is none of {', '.join(TASKS)}")
+    train, heldout, wanted, skipped, note = load_questions(args)
 
     # Policy and reference.
     seed_everything(args.seed)
     model, processor = load_model(args, dtype)
     seconds = min(args.max_audio_seconds, getattr(processor.feature_extractor, "chunk_length", math.inf))
-    lengths = [soundfile.info(question.path).duration for question in (*train, *heldout)]
+    lengths = [soundfile.info(path).duration for path in {question.path for question in (*train, *heldout)}]
     note += f"; {sum(length > seconds for length in lengths)} clips are cut to {seconds:g} s"
     stop, banned = special_tokens(model, processor)
     if not stop:
@@ -1259,7 +1271,7 @@ def main(args: Args) -> None:
                 copy.deepcopy(policy, shared).requires_grad_(False), evaluation_mode=True
             )
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         network, optimizer = accelerator.prepare(policy, optimizer)
         # Without gradients no DDP is needed. accelerate has put autocast into the forward of both networks.
         policy = accelerator.unwrap_model(network)
@@ -1353,7 +1365,7 @@ def main(args: Args) -> None:
 
     mix = torch.tensor(args.reward_weights)
     if checkpoint:
-        base, metrics = checkpoint["base"], checkpoint["metrics"]
+        base, metrics, scores = checkpoint["base"], checkpoint["metrics"], checkpoint["scores"]
     else:
         base, scores, said = test(args.think_budget)
         metrics = base
@@ -1438,8 +1450,9 @@ def main(args: Args) -> None:
             update = torch.cat([accelerator.reduce(update, "mean"), grad_norm.to(device).view(1)])
             if not update.isfinite().all():  # before the step: the weights are still good
                 state = training_state(network, optimizer.optimizer)
+                progress = {"iteration": iteration, "metrics": metrics, "base": base, "scores": scores}
                 if is_main:
-                    save_checkpoint(run_dir, {"iteration": iteration, "metrics": metrics, "base": base}, state)
+                    save_checkpoint(run_dir, progress, state)
                 raise InputError(
                     f"iteration {iteration}: loss {update[0]:.3g}, gradient norm {update[7]:.3g}; the weights before "
                     "this step are saved. Lower --learning-rate, or raise --beta0"
@@ -1452,7 +1465,7 @@ def main(args: Args) -> None:
         done, last = iteration + 1, iteration + 1 == args.iterations
         lengths = accelerator.gather(mask.sum(2).flatten())
         ended = torch.tensor([float(one[-1] in stop) for one in ids], device=device)
-        seconds = synchronized_time(device) - started
+        took = synchronized_time(device) - started
         zero_spread = (reward.std(1) < 1e-8).float().mean().item()
         record = {"reward/mean": reward.mean().item(), "reward/std": reward.std(1).mean().item()}
         record |= {"reward/frac_reward_zero_std": zero_spread}
@@ -1472,7 +1485,7 @@ def main(args: Args) -> None:
         record["charts/seconds_rollout"] = rolled_out - encoded
         record["charts/seconds_reward"] = rewarded - rolled_out
         record["charts/seconds_update"] = updated - rewarded
-        record["charts/tokens_per_second"] = lengths.sum().item() / seconds
+        record["charts/tokens_per_second"] = lengths.sum().item() / took
         record["charts/peak_memory_gb"] = peak_memory_gb(device)
         if last or done % args.eval_every == 0:
             metrics, scores, said = test(args.think_budget)
@@ -1492,7 +1505,8 @@ def main(args: Args) -> None:
         if last or done % args.save_every == 0:
             state = training_state(network, optimizer.optimizer)
             if is_main:
-                save_checkpoint(run_dir, {"iteration": done, "metrics": metrics, "base": base}, state)
+                progress = {"iteration": done, "metrics": metrics, "base": base, "scores": scores}
+                save_checkpoint(run_dir, progress, state)
 
     # What other tools load, and the whole run in one file.
     weights_now = training_state(network, optimizer.optimizer)["model"]
@@ -1501,12 +1515,12 @@ def main(args: Args) -> None:
         processor.save_pretrained(run_dir / "final")
         lines = save_final(run_dir / "final", policy.model, weights_now, args.model_id)
         summary = {"base": base, "final": metrics, "method": args.method, "iterations": args.iterations}
-        summary |= about | {"scores": scores} if args.iterations > first else about
+        summary |= about | {"scores": scores}
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
         print(f"{'':22s}{'base':>10s}{'final':>10s}")
         for name, value in metrics.items():
             print(f"{name:22s}{base[name]:10.4f}{value:10.4f}")
-        print(score_table({key: scores[key] for key in ("total", "task")}) if args.iterations > first else "")
+        print(score_table({key: scores[key] for key in ("total", "task")}))
         print(f"completions in {run_dir / 'samples'}. To use the result:\n{lines}")
 
 
