@@ -7,13 +7,22 @@ import open_clip
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLVideoProcessor,
+    WhisperFeatureExtractor,
 )
 
 from benchmark import mini_world_sd3 as world
@@ -29,6 +38,18 @@ WORDS += " old new cat dog fox bird fish tree stone river hill road house door s
 WORDS += " over near behind and or not the a is very a<b &amp; ( ) . , ? !"
 CHAT = "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
 CHAT += "{% if add_generation_prompt %}<turn> assistant {% endif %}"
+
+AUDIO_FAMILIES = ("qwen2-audio", "omni")  # of adrpo_audio_mmau.py
+AUDIO_MARKS = "<|endoftext|> <|im_start|> <|im_end|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> <|vision_bos|>"
+AUDIO_MARKS = (*AUDIO_MARKS.split(), "<|vision_eos|>", "<|VIDEO|>")  # their ids are 0 to 9
+AUDIO_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+AUDIO_TEXT = "Think first, in fewer than 50 words, inside <think> </think>. Give the option you choose inside <answer> "
+AUDIO_TEXT += "</answer>. Choose one of the following options: Man, Woman, Child, Robot because first pitch"
+AUDIO_CHAT = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'audio' %}\
+<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def make_sd3(folder: Path, style: str = "sd3", layers: int = 2) -> Path:
@@ -120,4 +141,79 @@ def make_reward_lm(folder: Path, num_labels: int = 1, context: int = 128, **toke
     config = lm_config("llama", num_labels=num_labels, max_position_embeddings=context)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     make_tokenizer(folder, **{"bos": True, "adds_bos": True} | tokenizer)
+    return folder
+
+
+def make_audio_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """Byte-level pairs learnt from AUDIO_TEXT, the placeholders of both families, and the tags as one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    sizes = {"vocab_size": 420, "initial_alphabet": alphabet, "special_tokens": list(AUDIO_MARKS)}
+    tokenizer.train_from_iterator([AUDIO_TEXT] * 8, trainers.BpeTrainer(show_progress=False, **sizes))
+    tokenizer.add_tokens(list(AUDIO_TAGS))
+    special = {"eos_token": AUDIO_MARKS[2], "pad_token": AUDIO_MARKS[0], "padding_side": "left"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
+    fast.chat_template = AUDIO_CHAT
+    return fast
+
+
+def make_audio_lm(folder: Path, family: str, seconds: int = 4, says: str = "", **text) -> Path:
+    """A random Qwen2-Audio, or thinker of Qwen2.5-Omni, that hears clips of at most `seconds`, with its processor.
+    <|im_end|> is likely. says: a text without a token twice, which it mostly says; what it hears changes little."""
+    torch.manual_seed(5)
+    names = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
+    named = {f"{name}_token": f"<|{name if '_' in name else name.upper()}|>" for name in names}
+    tokenizer = make_audio_tokenizer(**({"extra_special_tokens": named} if family == "omni" else {}))
+    parts = {"tokenizer": tokenizer, "chat_template": AUDIO_CHAT}
+    parts["feature_extractor"] = WhisperFeatureExtractor(feature_size=32, chunk_length=seconds)
+    ids = dict(zip(AUDIO_MARKS, range(10), strict=True))
+    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "vocab_size": len(tokenizer)}
+    options |= {"pad_token_id": 0, "eos_token_id": 2} | text
+    sound = {"num_mel_bins": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+    sound |= {"d_model": 32, "max_source_positions": 50 * seconds}
+    index = {"audio_token_index": ids["<|AUDIO|>"], "pad_token_id": 0}
+    if family == "omni":
+        patches = {"patch_size": 14, "merge_size": 2}
+        parts |= {"image_processor": Qwen2VLImageProcessorPil(**patches)}
+        processor = Qwen2_5OmniProcessor(**parts, video_processor=Qwen2VLVideoProcessor(**patches))
+        index |= {"image_token_index": ids["<|IMAGE|>"], "video_token_index": ids["<|VIDEO|>"], "user_token_id": 5}
+        index |= {"audio_start_token_id": 4, "audio_end_token_id": 5, "vision_start_token_id": 7}
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        config = Qwen2_5OmniThinkerConfig(
+            audio_config={"n_window": 100, "output_dim": 32, **sound},
+            vision_config={"fullatt_block_indexes": [0], **vision},
+            text_config={"rope_parameters": rope, **options},
+            **index,
+            vision_end_token_id=8,
+            eos_token_id=2,
+        )
+        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    else:
+        processor = Qwen2AudioProcessor(**parts)
+        audio, language = {"model_type": "qwen2_audio_encoder", **sound}, {"model_type": "qwen2", **options}
+        model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(audio_config=audio, text_config=language, **index))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+        words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        words *= 5  # as large as the sound's
+        head[2] *= 1.5
+        if says:
+            chain = [tokenizer("\n").input_ids[-1], *tokenizer(says).input_ids, 2]
+            for layer in model.model.language_model.layers:
+                layer.self_attn.o_proj.weight *= 0.1
+                layer.mlp.down_proj.weight *= 0.1
+            words[chain] = 0
+            for place, (token, following) in enumerate(zip(chain, chain[1:], strict=False)):
+                words[token, place], head[following, place] = 1, 2
+        else:
+            head *= 2
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

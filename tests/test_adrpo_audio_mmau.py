@@ -1,0 +1,1292 @@
+"""Tests of adrpo_audio_mmau.py on tiny random Qwen2-Audio and Qwen2.5-Omni models and synthetic clips: MMAU's rule on
+its real questions (with ADRPO_DATA), what the model hears and its shared rows against stock transformers, and the
+program as a user runs it. No downloads."""
+
+import ast
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import accelerate
+import numpy as np
+import peft
+import pytest
+import soundfile
+import soxr
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import (
+    AutoProcessor,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2AudioForConditionalGeneration,
+)
+
+import adrpo_audio_mmau as mmau
+from tests import tiny_models
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "adrpo_audio_mmau.py"
+FAMILIES = list(tiny_models.AUDIO_FAMILIES)
+STOCK = {"qwen2-audio": Qwen2AudioForConditionalGeneration, "omni": Qwen2_5OmniThinkerForConditionalGeneration}
+STOP = [2, *range(11, 360, 8)]  # of the rollout tests: <|im_end|> alone is rare
+CPU = torch.device("cpu")
+SAYS = "<think> first pitch</think><answer> Man</answer>"
+TIMING = re.compile(r"charts/(seconds_.*|tokens_per_second|peak_memory_gb)")
+TINY = "--cpu --precision fp32 --iterations 2 --prompts-per-update 2 --group-size 4 --max-completion-length 12"
+TINY += " --eval-every 1 --save-every 1 --learning-rate 1e-2 --lora-rank 4 --rollout-batch 8 --train-tokens 2048"
+TINY += " --reward-weights 5 1 1 1 1 --eval-batch 2"
+CHOICES = ["Man", "Woman", "Child", "Robot"]
+DATA = Path(os.environ["ADRPO_DATA"]) / "mmau" if os.environ.get("ADRPO_DATA") else None
+real_data = pytest.mark.skipif(DATA is None, reason="ADRPO_DATA is not set: no real MMAU questions here")
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def uniforms(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sound(seconds, seed=0, rate=16000, pitch=300):
+    """A noisy tone that gets louder, float32."""
+    at = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).normal(size=len(at))
+    return ((0.2 * np.sin(2 * np.pi * pitch * (seed + 1) * at) + 0.05 * noise) * (0.2 + at / seconds)).astype("float32")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of tiny models: one a family, random; `says FAMILY` mostly says SAYS."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {family: tiny_models.make_audio_lm(folder / family, family) for family in FAMILIES}
+    return made | {f"says {f}": tiny_models.make_audio_lm(folder / f"says-{f}", f, says=SAYS) for f in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A folder with wavs/, train.jsonl of six questions and eval.json of three in MMAU's layout."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "wavs").mkdir()
+    rows = []
+    for i in range(9):
+        soundfile.write(folder / "wavs" / f"{i}.wav", sound(0.4 + 0.1 * i, i), 16000)
+        question = ("Who speaks?", "What is it that you hear first?", "Which option?")[i % 3]
+        rows.append({"audio": f"wavs/{i}.wav", "question": question, "choices": CHOICES, "answer": CHOICES[i % 2]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    for i, row in enumerate(rows[6:]):
+        row |= {"id": f"q{i}", "audio_id": f"./elsewhere/{Path(row.pop('audio')).name}", "task": mmau.TASKS[i]}
+        row |= {"difficulty": ("easy", "hard", "easy")[i], "sub-category": f"sub {i}", "split": "test-mini"}
+    (folder / "eval.json").write_text(json.dumps(rows[6:]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_flags(models, files):
+    flags = ["--model-id", models["says omni"], "--train-data", files / "train.jsonl", "--eval-data"]
+    flags += [files / "eval.json", "--eval-audio-dir", files / "wavs"]
+    return [*TINY.split(), *map(str, flags)]
+
+
+@pytest.fixture(scope="session")
+def eval_flags(models, files):
+    flags = ["--cpu", "--eval-only", "--max-completion-length", "12", "--model-id", models["says omni"]]
+    flags += ["--eval-data", files / "eval.json", "--eval-audio-dir", files / "wavs"]
+    return [str(flag) for flag in flags]
+
+
+def run_script(*flags):
+    """The script with these flags, in this process: (exit message or code, standard output, standard error)."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    arguments, code = sys.argv, 0
+    sys.argv = [str(SCRIPT), *map(str, flags)]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as exit_:
+        code = exit_.code
+    finally:
+        sys.argv = arguments
+    return code, out.getvalue(), err.getvalue()
+
+
+def finish(*flags):
+    code, out, err = run_script(*flags)
+    assert code == 0, (code, err[-2000:])
+    return out
+
+
+def refused(*flags):
+    code, _, err = run_script(*flags)
+    assert isinstance(code, str), (code, err[-500:])
+    assert code.startswith("error: ")
+    assert len(code.splitlines()) == 1
+    return code
+
+
+def read_metrics(run, timing=False):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if timing or not TIMING.fullmatch(name)} for row in rows]
+
+
+def weights(run):
+    (file,) = (run / "final").glob("*model.safetensors")
+    return load_file(file)
+
+
+def change(one, other, base):
+    """Size of the difference of two runs' weights, in sizes of the first one's change from `base`."""
+    difference = sum((one[name] - other[name]).square().sum() for name in one)
+    return math.sqrt(difference / sum((one[name] - base[name]).square().sum() for name in one))
+
+
+def assert_same_run(one, other, base=None, tolerance=0.0):
+    """Same weights, same metrics: bit for bit, or as far as `tolerance`, relative to what was learnt since `base`."""
+    if tolerance:
+        assert change(weights(one), weights(other), base) < tolerance
+    else:
+        torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+    rows, others = read_metrics(one), read_metrics(other)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, match in zip(rows, others, strict=True):
+        assert row == pytest.approx(match, rel=tolerance, abs=tolerance / 100, nan_ok=True)
+
+
+# ------------------------------------------------------------------------------------------- A. MMAU's rule, rewards
+
+
+def official(answer, prediction, choices):
+    """MMAU's evaluation.py, `string_match`, again: no regular expressions."""
+
+    def tokens(text):
+        return set("".join(c if c.isalnum() or c == "_" else " " for c in text.lower()).split())
+
+    said, right = tokens(prediction), tokens(answer)
+    forbidden = set()
+    for choice in choices:
+        if tokens(choice) != right:
+            forbidden |= tokens(choice) - right
+    return bool(said) and right.issubset(said) and said.isdisjoint(forbidden)
+
+
+HAND = [
+    ("Man", "Man", ["Man", "Woman"], True),
+    ("Man", "(a) MAN.", ["Man", "Woman"], True),
+    ("Man", "woman", ["Man", "Woman"], False),  # words, not letters
+    ("Man", "Man, not Woman", ["Man", "Woman"], False),
+    ("Man", "", ["Man", "Woman"], False),
+    ("Man", " ?! ", ["Man", "Woman"], False),
+    ("a red car", "car red a", ["a red car", "a blue car"], True),  # sets
+    ("a red car", "red car", ["a red car", "a blue car"], False),
+    ("a car", "a red car", ["a car", "a red car"], False),  # "red" is only in a wrong choice
+    ("a red car", "a red car", ["a car", "a red car"], True),
+    ("man", "man", ["Man", "man", "MAN!"], True),
+    ("4/4", "It is 4 4 time", ["4/4", "3/4"], True),
+    ("4/4", "3/4", ["4/4", "3/4"], False),
+    ("don't", "don t", ["don't", "do"], True),
+    ("über_all", "ÜBER_ALL", ["über_all", "über all"], True),
+]
+
+
+@pytest.mark.parametrize("answer,prediction,choices,right", HAND)
+def test_the_rule_by_hand(answer, prediction, choices, right):
+    assert mmau.mmau_match(answer, prediction, choices) == right == official(answer, prediction, choices)
+
+
+@real_data
+def test_the_rule_is_the_official_one_on_all_real_questions():
+    rows = mmau.read_questions("eval-data", str(DATA / "mmau-test-mini.json"))
+    assert len(rows) == 1000
+    assert {row["task"] for row in rows} == set(mmau.TASKS)
+    counts = {True: 0, False: 0}
+    for number, row in enumerate(rows):
+        answer, choices = row["answer"], row["choices"]
+        other = rows[(number * 7 + 3) % 1000]
+        said = [*choices, *(f"({letter}) {choice}" for letter, choice in zip("ABCDEFGH", choices, strict=False))]
+        said += [f"The answer is {answer}, because of what I hear.", f"not {answer}", answer.upper() + "!", answer[:-1]]
+        said += [", ".join(choices), f"{answer} {choices[number % len(choices)]}", " ".join(answer.split()[::-1])]
+        said += [
+            " ".join(answer.split()[1:]),
+            answer.replace(" ", "_"),
+            answer.replace("-", " "),
+            f"{answer}s",
+            "",
+            "?",
+        ]
+        said += [other["answer"], row["question"], f"{row['question']} {answer}", answer + choices[-1], answer[1:]]
+        for prediction in said:
+            right = mmau.mmau_match(answer, prediction, choices)
+            assert right == official(answer, prediction, choices), (row["id"], prediction)
+            counts[right] += 1
+        assert mmau.mmau_match(answer, answer, choices)
+    assert min(counts.values()) > 3000
+    for predictions, expected in (({r["id"]: r["answer"] for r in rows}, 100), ({r["id"]: "" for r in rows}, 0)):
+        assert mmau.mmau_scores(rows, predictions)["total"]["total"]["accuracy"] == expected
+
+
+def test_scores_against_a_loop_and_a_missing_prediction_is_wrong():
+    random, rows = np.random.default_rng(0), []
+    for i in range(60):
+        row = {"id": f"{i}", "question": "?", "choices": CHOICES, "answer": CHOICES[i % 4], "task": mmau.TASKS[i % 3]}
+        rows.append(row | ({"difficulty": ("easy", "hard")[i % 2], "sub-category": f"s{i % 5}"} if i < 50 else {}))
+    predictions = {row["id"]: CHOICES[random.integers(4)] for row in rows[:45]}
+    scores = mmau.mmau_scores(rows, predictions)
+    right = {row["id"]: predictions.get(row["id"]) == row["answer"] for row in rows}
+    for key, groups in scores.items():
+        names = {"total"} if key == "total" else {row[key] for row in rows if key in row}
+        assert set(groups) == names
+        for name, got in groups.items():
+            found = [right[row["id"]] for row in rows if key == "total" or row.get(key) == name]
+            assert (got["right"], got["count"]) == (sum(found), len(found))
+            assert got["accuracy"] == pytest.approx(100 * np.mean(found))
+            interval = stats.binomtest(sum(found), len(found)).proportion_ci(0.95, method="wilson")
+            assert (got["low"], got["high"]) == pytest.approx([100 * x for x in interval], abs=1e-2)  # z is 1.96
+    assert 0 < scores["total"]["total"]["right"] < 45
+    table = mmau.score_table(scores)
+    assert all(line.count("|") == 6 for line in table.splitlines())
+    assert f"| total | {scores['total']['total']['accuracy']:.2f} |" in table
+
+
+@pytest.mark.parametrize("right,count", [(0, 7), (7, 7), (3, 11), (500, 1000), (1, 1)])
+def test_wilson_is_scipys(right, count):
+    z = stats.norm.ppf(0.975)
+    interval = stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
+    assert mmau.wilson(right, count, z) == pytest.approx(tuple(interval), abs=1e-12)
+    assert all(math.isnan(x) for x in mmau.wilson(0, 0))
+
+
+BLOCKS = [
+    ("<answer>Man</answer>", "Man"),
+    ("<answer> Man\nor so </answer> x", "Man\nor so"),
+    ("<answer>Man</answer><answer>Woman</answer>", "Woman"),  # the last
+    ("<answer>Man</answer><answer>Woman", "Man"),  # not closed: not given
+    ("<answer>Man", ""),
+    ("Man</answer>", ""),
+    ("Man", ""),
+    ("<answer></answer>", ""),
+    ("<answer>a<answer>b</answer>", "b"),
+    ("<answer>a<answer>b</answer>c</answer>", "b"),
+    ("<think>I write <answer>x</answer></think><answer>y</answer>", "y"),
+    ("<answer><think>x</think>y</answer>", "x y"),
+    ("<ANSWER>Man</ANSWER>", ""),
+]
+
+
+@pytest.mark.parametrize("text,inside", BLOCKS)
+def test_block_is_the_last_complete_one(text, inside):
+    assert " ".join(mmau.block(text, "answer").split()) == " ".join(inside.split())
+
+
+def test_block_takes_no_time_on_a_hostile_text():
+    started = time.perf_counter()
+    for text in ("<answer>" * 4000, "<answer>a" * 4000 + "</answer>", "<" * 30000, "<think>" + " </think" * 4000):
+        mmau.block(text, "answer"), mmau.reward_format(text, True), mmau.reward_format(text, False)
+    assert time.perf_counter() - started < 2
+
+
+FORMATS = [
+    ("<think>a</think><answer>b</answer>", 1, 0),
+    (" <think>a\nb</think>\n\n<answer>b</answer>\n", 1, 0),
+    ("<answer>b</answer>", 0, 1),
+    ("\n<answer>b</answer> ", 0, 1),
+    ("<think>a</think><answer>b</answer>.", 0, 0),
+    ("well <think>a</think><answer>b</answer>", 0, 0),
+    ("<think>a</think><think>a</think><answer>b</answer>", 0, 0),
+    ("<think>a</think><answer>b</answer><answer>b</answer>", 0, 0),
+    ("<think>a<answer>c</answer></think><answer>b</answer>", 0, 0),
+    ("<think></think><answer>b</answer>", 0, 0),
+    ("<think>a</think><answer></answer>", 0, 0),
+    ("<answer>b</answer><think>a</think>", 0, 0),
+    ("<think>a</think><answer>b", 0, 0),
+    ("", 0, 0),
+]
+
+
+@pytest.mark.parametrize("text,thinking,direct", FORMATS)
+def test_format_reward(text, thinking, direct):
+    assert (mmau.reward_format(text, True), mmau.reward_format(text, False)) == (thinking, direct)
+
+
+def test_rewards_by_hand_and_their_bounds():
+    row = {"question": "Which bird is it?", "choices": ["an owl", "a crow"], "answer": "an owl"}
+    text = (
+        "<think>First, I hear a low pitch, so it is the owl: then noise, rhythm, tempo.</think><answer>An owl</answer>"
+    )
+    # concepts: reasoning {first hear low pitch owl noise rhythm tempo}, answer {owl}, question {bird owl crow}
+    assert mmau.concepts("The OWL, the owl & a crow's") == {"owl", "crow", "s"}
+    assert mmau.reward_accuracy(text, row) == 1
+    assert mmau.reward_consistency(text, row) == pytest.approx(1 / 8 + 1 / 8)
+    assert mmau.reward_keywords(text) == pytest.approx(2 / 3 + 1 / 3 + 1)  # first then; so; pitch noise rhythm tempo
+    assert mmau.reward_overthinking(3, 12) == 0.75
+    values = mmau.score([text, "nothing"], [3, 12], [row, row], True, 12)
+    torch.testing.assert_close(values, torch.tensor([[1, 1, 0.25, 2, 0.75], [0, 0, 0, 0, 0]]))
+    assert values.dtype == torch.float32
+    same = "<think>owl crow bird</think><answer>owl crow bird</answer>"
+    assert mmau.reward_consistency(same, row) == 2
+    every = " ".join([*mmau.PATTERN_WORDS, *mmau.LOGIC_WORDS, *mmau.DOMAIN_WORDS])
+    assert mmau.reward_keywords(f"<think>{every} {every}</think>") == 3
+    assert mmau.reward_keywords(f"<answer>{every}</answer>") == 0  # only reasoning counts
+    assert mmau.reward_keywords("<think>so so so</think>") == pytest.approx(1 / 3)  # different entries
+    assert mmau.reward_consistency("<answer>owl</answer>", row) == 0
+    assert mmau.overlap(set(), set()) == 0
+    lists = (mmau.PATTERN_WORDS, mmau.LOGIC_WORDS, mmau.DOMAIN_WORDS)
+    assert all(mmau.words(entry) == [entry] for entries in lists for entry in entries)  # others could not be found
+    assert sum(map(len, lists)) == len(set().union(*lists))  # nothing counts twice
+
+
+def test_scaling_against_lstsq_and_the_sweet_spot():
+    random = np.random.default_rng(3)
+    budgets = [25, 0, 50, 100, 150]
+    points = [{"budget": b, "tokens": 0.7 * b + random.random(), "accuracy": 60 + 9 * random.random()} for b in budgets]
+    x, y = (np.array([p[name] for p in points]) for name in ("tokens", "accuracy"))
+    got = mmau.scaling(points)
+    assert got["slope"] == pytest.approx(np.linalg.lstsq(np.stack([x, np.ones(5)], 1), y, rcond=None)[0][0])
+    assert got["slope_pinned"] == pytest.approx(np.linalg.lstsq(x[:, None], y - y[1], rcond=None)[0][0])
+    assert got["sweet_spot_accuracy"] == max(y)
+    assert got["sweet_spot_tokens"] == x[y.argmax()]
+    assert math.isnan(mmau.scaling([point for point in points if point["budget"]])["slope_pinned"])
+    flat = mmau.scaling([{"budget": b, "tokens": 0.0, "accuracy": 50.0} for b in (0, 25)])
+    assert math.isnan(flat["slope"])
+    assert math.isnan(flat["slope_pinned"])
+
+
+# --------------------------------------------------------------------------------------- B. against stock transformers
+
+
+ASKED = [(0.9, "Who speaks?", 3), (0.3, "Which is it that you hear, and what came first?", 1), (1.6, "What?", 2)]
+
+
+class Setup(SimpleNamespace):
+    """policy, processor, banned, device; inputs: the stock processor's, one a question; prompts: the script's own."""
+
+
+def prepare(folder, *, rank=0, checkpointing=False, asked=ASKED):
+    """The policy as the script builds it, its LoRA not zero, and some questions."""
+    args = mmau.Args(model_id=str(folder), lora_rank=rank, gradient_checkpointing=checkpointing)
+    torch.manual_seed(4)
+    model, processor = mmau.load_model(args, torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    _, banned = mmau.special_tokens(model, processor)
+    stock_processor, inputs, prompts = AutoProcessor.from_pretrained(folder), [], []
+    for seed, (seconds, question, choices) in enumerate(asked):
+        wave, row = sound(seconds, seed), {"question": question, "choices": CHOICES[:choices]}
+        text = mmau.build_prompt(processor, row, 50)
+        inputs.append(stock_processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt"))
+        prompts.append(mmau.embed_question(model, processor, text, wave, CPU))
+    return Setup(policy=mmau.Policy(model, banned), processor=processor, banned=banned, inputs=inputs, prompts=prompts)
+
+
+def stock_copy(family, folder, policy, attention="sdpa"):
+    """The policy's weights in a stock model that knows nothing of shared prompts."""
+    model = STOCK[family].from_pretrained(folder, attn_implementation=attention)
+    if isinstance(policy.model, peft.PeftModel):
+        model = peft.get_peft_model(model, policy.model.peft_config["default"])
+    model.load_state_dict(policy.model.state_dict())
+    return model.eval()
+
+
+def plain(model, inputs, completions, banned, temperature):
+    """Log-probabilities and entropies of completions [B,G,C]: each a sequence of its own, its clip heard anew."""
+    logp, entropy = torch.zeros(completions.shape), torch.zeros(completions.shape)
+    for i, one in enumerate(inputs):
+        for j, completion in enumerate(completions[i]):
+            ids = torch.cat([one["input_ids"], completion[None]], dim=1)
+            logits = model(**one | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+            logits = logits[0, one["input_ids"].shape[1] - 1 : -1].clone()
+            logits[:, banned] = -1e9
+            pi = torch.distributions.Categorical(logits=logits / temperature)
+            logp[i, j], entropy[i, j] = pi.log_prob(completion), pi.entropy()
+    return logp, entropy
+
+
+def ragged(rows=3, group=3, size=5, seed=0):
+    """Completions [B,G,C] and their mask, of 1 to C tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.randint(1, size + 1, (rows, group), generator=generator)
+    ends[0, 0], ends[1, 1] = size, 1
+    mask = torch.arange(size) < ends[..., None]
+    return torch.randint(10, 360, mask.shape, generator=generator) * mask, mask
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def weighted(logp, mask):
+    return (logp * mask * numbers(*mask.shape, seed=9)).sum()
+
+
+def read_prompts(policy, prompts):
+    """The Policy's logits at every place of prompts that share one length, float32 [B,L,V]."""
+    nothing = torch.zeros(len(prompts), 0, dtype=torch.long)
+    embeds, lengths = mmau.pad(prompts, CPU)
+    shared = mmau.SharedPrompt(embeds.shape[1], 1, mmau.padding_of(lengths, embeds.shape[1]), cache={}, room=1)
+    positions = torch.arange(embeds.shape[1]).expand(len(prompts), -1)
+    return policy(embeds, nothing, positions, shared, positions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_it_reads_what_the_stock_model_reads(models, family, rank):
+    it = prepare(models[family], rank=rank)
+    stock, found = stock_copy(family, models[family], it.policy), []
+    decoder = (stock.get_base_model() if rank else stock).model.language_model
+    decoder.register_forward_pre_hook(lambda _, args, named: found.append(named["inputs_embeds"]), with_kwargs=True)
+    for one, prompt in zip(it.inputs, it.prompts, strict=True):
+        expected = stock(**one).logits
+        assert torch.equal(found[-1][0], prompt)
+        got = read_prompts(it.policy, [prompt])
+        expected[..., it.banned] = -1e9
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert len({len(prompt) for prompt in it.prompts}) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_hears(models, family):
+    it = prepare(models[family])
+    text = mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50)
+    waves = [sound(1, 0), sound(1, 1), np.zeros(16000, "float32"), sound(1, 0)]
+    prompts = [mmau.embed_question(it.policy.model, it.processor, text, wave, CPU) for wave in waves]
+    (ids,) = it.processor(text=text, audio=waves[:1], sampling_rate=16000, return_tensors="pt")["input_ids"]
+    heard = ids == it.processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    assert heard.sum() == 25  # one for every 40 ms
+    answers = [read_prompts(it.policy, [prompt])[0, -1] for prompt in prompts]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert torch.equal(prompts[one][~heard], prompts[other][~heard])
+        assert ((prompts[one] - prompts[other])[heard].norm(dim=1) > 0.1).all()
+        assert (answers[one] - answers[other]).abs().max() > 0.1
+    assert torch.equal(prompts[0], prompts[3])
+    assert torch.equal(answers[0], answers[3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_in_the_audio_tower_is_off(models, tmp_path, family):
+    folder = tmp_path / "model"
+    shutil.copytree(models[family], folder)
+    config = json.loads((folder / "config.json").read_text())
+    drops = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
+    config["audio_config"] |= dict.fromkeys(drops, 0.5)
+    (folder / "config.json").write_text(json.dumps(config))
+    for one, other in zip(prepare(folder).prompts, prepare(models[family]).prompts, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_processor_that_makes_nothing_of_the_clip_is_an_error(models, family):
+    it = prepare(models[family])
+    text, wave = mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50), sound(1)
+
+    class Deaf:
+        tokenizer, audio_token = it.processor.tokenizer, it.processor.audio_token
+
+        def __call__(self, text, **_):
+            return it.processor(text=text.replace("<|AUDIO|>", ""), return_tensors="pt")
+
+    with pytest.raises(mmau.InputError, match="no audio features"):
+        mmau.embed_question(it.policy.model, Deaf(), text, wave, CPU)
+    with pytest.raises(mmau.InputError, match="no audio features"):  # a template without a place for the clip
+        mmau.embed_question(it.policy.model, it.processor, text.replace("<|AUDIO|>", ""), wave, CPU)
+
+
+def test_the_thinker_of_a_whole_omni_folder(models, tmp_path):
+    """The hub's Qwen2.5-Omni has its thinker's weights under `thinker.`, and talker and vocoder beside it."""
+    whole = tmp_path / "whole"
+    shutil.copytree(models["omni"], whole)
+    thinker = load_file(whole / "model.safetensors")
+    state = {f"thinker.{name}": tensor for name, tensor in thinker.items()} | {"talker.x": torch.ones(1)}
+    save_file(state, whole / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((whole / "config.json").read_text())
+    assert config["model_type"] == "qwen2_5_omni_thinker"
+    Qwen2_5OmniConfig(thinker_config=config).save_pretrained(whole)
+    assert json.loads((whole / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+    one, other = prepare(models["omni"]), prepare(whole)
+    torch.testing.assert_close(one.policy.state_dict(), other.policy.state_dict(), rtol=0, atol=0)
+    assert one.banned == other.banned
+    with torch.no_grad():
+        assert torch.equal(*(read_prompts(it.policy, it.prompts[:1]) for it in (one, other)))
+
+
+# ----------------------------------------------------------------------------------------------------- C. shared rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_shared_rows_are_separate_sequences(models, family, rank):
+    completions, mask = ragged()
+    it = prepare(models[family], rank=rank)
+    trained = {name for name, p in it.policy.model.named_parameters() if p.requires_grad}
+    stock = stock_copy(family, models[family], it.policy)
+    expected, spread = plain(stock, it.inputs, completions, it.banned, 0.7)
+    weighted(expected, mask).backward()
+    theirs = {name: value for name, value in gradients(stock).items() if name in trained}
+    assert trained == set(theirs)
+    assert all((value != 0).any() for value in theirs.values())
+    for checkpointing in (False, True):
+        it = prepare(models[family], rank=rank, checkpointing=checkpointing)
+        logp, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, completions, 0.7)
+        torch.testing.assert_close(logp[mask], expected[mask], rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(entropy[mask], spread[mask], rtol=1e-4, atol=5e-5)
+        weighted(logp, mask).backward()
+        torch.testing.assert_close(gradients(it.policy.model), theirs, rtol=1e-3, atol=2e-4)
+    assert not entropy.requires_grad
+    assert logp[mask].std() > 1
+
+
+def test_logits_in_pieces_change_nothing(models, monkeypatch):
+    completions, mask = ragged()
+    results, calls, piece = [], [], mmau.recompute
+    monkeypatch.setattr(mmau, "recompute", lambda *a, **options: calls.append(1) or piece(*a, **options))
+    for size in (2**26, 363 * 10):
+        monkeypatch.setattr(mmau, "LOGITS_AT_ONCE", size)
+        it = prepare(models["omni"], rank=4)
+        logp, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, completions, 1.3)
+        weighted(logp, mask).backward()
+        results.append((logp, entropy, gradients(it.policy)))
+    assert len(calls) == 5  # 45 places, 10 at once
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
+    asked = [(0.2 + 0.1 * i, f"What? {'you ' * (i * 5 % 7)}", 1 + i % 4) for i in range(9)]
+    it = prepare(models[family], rank=rank, asked=asked)
+    head = it.policy.model.get_output_embeddings().weight
+    head[it.banned[0]], head[it.banned[1]] = numbers(32) * 3, numbers(32) * -3  # one of them is the likeliest
+    stock = stock_copy(family, models[family], it.policy)
+    tokens, mask, logp = mmau.rollout(it.policy, it.prompts, uniforms(9, 2, 10), STOP, 0)
+    options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": STOP, "pad_token_id": 0}
+    lengths, wanted = set(), 0
+    for i, one in enumerate(it.inputs):
+        size = one["input_ids"].shape[1]
+        expected = stock.generate(**one, **options, suppress_tokens=it.banned)[0, size:].tolist()
+        wanted += bool(set(stock.generate(**one, **options)[0, size:].tolist()) & set(it.banned))
+        assert tokens[i, 0][mask[i, 0]].tolist() == tokens[i, 1][mask[i, 1]].tolist() == expected
+        lengths.add(len(expected))
+    assert wanted > 5  # without the ban these would have been said
+    assert len(lengths) > 2
+    trained, _ = mmau.completion_log_probabilities(it.policy, it.prompts, tokens, 1.0)
+    torch.testing.assert_close(logp[mask], trained[mask], rtol=1e-4, atol=5e-5)
+
+
+def slow_completion(model, inputs, chance, banned, temperature):
+    """One completion, without a cache: at each step the stock model hears and reads everything again."""
+    ids, start = inputs["input_ids"], inputs["input_ids"].shape[1]
+    for number in chance.tolist():
+        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -1].double()
+        logits[banned] = -math.inf
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+        ids = torch.cat([ids, (cumulative <= number).sum().view(1, 1)], dim=1)
+        if int(ids[0, -1]) in STOP:
+            break
+    return ids[0, start:].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family,rank,temperature", [("qwen2-audio", 4, 1.0), ("omni", 0, 1.5)])
+def test_sampled_rollouts_against_a_slow_loop(models, family, rank, temperature):
+    it = prepare(models[family], rank=rank)
+    stock, chance = stock_copy(family, models[family], it.policy), uniforms(3, 5, 10)
+    tokens, mask, logp = mmau.rollout(it.policy, it.prompts, chance, STOP, temperature)
+    for i, one in enumerate(it.inputs):
+        for j in range(5):
+            expected = slow_completion(stock, one, chance[i, j], it.banned, temperature)
+            assert tokens[i, j][mask[i, j]].tolist() == expected
+        own, kept, _ = mmau.rollout(it.policy, it.prompts[i : i + 1], chance[i : i + 1], STOP, temperature)
+        assert torch.equal(kept[0], mask[i, :, : kept.shape[2]])
+        assert torch.equal(own[0], tokens[i, :, : own.shape[2]])
+    assert len(set(mask.sum(2).flatten().tolist())) > 2
+    trained, _ = mmau.completion_log_probabilities(it.policy, it.prompts, tokens, temperature)
+    torch.testing.assert_close(logp[mask], trained[mask], rtol=1e-4, atol=5e-5)
+
+
+@torch.no_grad()
+def test_banned_tokens_are_never_sampled(models):
+    it = prepare(models["omni"])
+    names = "<|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> <|vision_bos|> <|vision_eos|> <|VIDEO|>"
+    assert it.banned == sorted(it.processor.tokenizer.convert_tokens_to_ids(names.split()))
+    head = it.policy.model.get_output_embeddings().weight
+    for token in it.banned:
+        head[token] = numbers(32, seed=token) * 3
+    tokens, _, logp = mmau.rollout(it.policy, it.prompts, uniforms(3, 64, 12), [], 5.0)
+    assert not torch.isin(tokens, torch.tensor(it.banned)).any()
+    assert logp.isfinite().all()
+    _, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, tokens[:, :2], 5.0)
+    assert entropy.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------- D. the program as a user runs it
+
+
+KINDS = {"adrpo": [], "grpo": ["--method", "grpo"], "full": ["--lora-rank", "0", "--learning-rate", "1e-3"]}
+KIND_MODELS = {"adrpo": "says omni", "grpo": "says qwen2-audio", "full": "says qwen2-audio"}
+
+
+@pytest.fixture(scope="session")
+def runs(models, base_flags, tmp_path_factory):
+    """Finished runs: {kind: (folder, standard output)}."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+    for kind, flags in KINDS.items():
+        own = ["--model-id", models[KIND_MODELS[kind]], "--output-dir", folder, "--run-name", kind, *flags]
+        made[kind] = folder / kind, finish(*base_flags, *own)
+    return made
+
+
+@pytest.fixture(scope="session")
+def base(base_flags, tmp_path_factory):
+    """The LoRA before training, as in final/."""
+    folder = tmp_path_factory.mktemp("base")
+    still = ["--learning-rate", "1e-30", "--iterations", "1"]
+    finish(*base_flags, "--output-dir", folder, "--run-name", "r", *still)
+    return weights(folder / "r")
+
+
+def official_script(rows):
+    """MMAU's evaluation.py again: rows without `model_output` do not count. {task or total: percent}."""
+    right, count = {}, {}
+    for row in rows:
+        if "model_output" not in row:
+            continue
+        for key in (row["task"], "total"):
+            count[key] = count.get(key, 0) + 1
+            right[key] = right.get(key, 0) + official(row["answer"], row["model_output"], row["choices"])
+    return {key: 100 * right[key] / count[key] for key in count}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
+    run, out = runs[kind]
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "tfevents" not in path.name}
+    expected = {"args.json", "metrics.jsonl", "summary.json", "checkpoints/000001.pt", "checkpoints/000002.pt"}
+    expected |= {f"samples/{step:06d}.json" for step in range(3)} | {"final/tokenizer.json"}
+    expected |= {"final/config.json" if kind == "full" else "final/adapter_config.json"}
+    assert expected == {name for name in names if not name.startswith("final/") or name in expected}
+    assert "6 training questions, 3 for evaluation; 0 clips are cut to 4 s; stop tokens ['<|im_end|>']" in out
+    assert str(run / "final") in out
+    rows = read_metrics(run, timing=True)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[1]["kl"] == rows[1]["losses/divergence"] == rows[1]["clip_ratio/region_mean"] == 0
+    assert rows[2]["kl"] > 0
+    assert rows[1]["sampling/sampling_logp_difference/mean"] < 1e-5
+    assert rows[1]["reward/std"] > 0
+    assert rows[1]["adrpo/coefficient_max"] == pytest.approx(0.04 if kind == "grpo" else 0.08)
+    assert rows[1]["adrpo/coefficient_min"] == pytest.approx(0.04 if kind == "grpo" else 0, abs=1e-9)
+    mixed = sum(w * rows[1][f"reward/{name}"] for w, name in zip((5, 1, 1, 1, 1), mmau.REWARDS, strict=True))
+    assert rows[1]["reward/mean"] == pytest.approx(mixed, rel=1e-5)
+    events = EventAccumulator(str(run), size_guidance={"histograms": 0})
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set().union(*rows) - {"step"}
+    summary = json.loads((run / "summary.json").read_text())
+    for step, name in ((0, "base"), (2, "final")):
+        said = json.loads((run / "samples" / f"{step:06d}.json").read_text())
+        assert [row["id"] for row in said] == ["q0", "q1", "q2"]
+        scores = official_script(said)
+        assert rows[step]["eval/accuracy"] == pytest.approx(scores["total"]) == summary[name]["accuracy"]
+        for task in mmau.TASKS:
+            assert rows[step][f"eval/accuracy_{task}"] == scores[task]
+        assert all(row["model_output"] == row["model_prediction"] for row in said)
+        if step == 0:
+            assert {row["completion"] for row in said} == {SAYS}  # greedy
+            assert {row["model_output"] for row in said} == {"Man"}
+            assert rows[0]["eval/format"] == 1
+            assert rows[0]["eval/tokens"] == 8
+            assert rows[0]["eval/keywords"] == pytest.approx(2 / 3)
+    before = load_file(models[KIND_MODELS[kind]] / "model.safetensors") if kind == "full" else base
+    after = weights(run)
+    moved = {name for name in after if kind == "grpo" or not torch.equal(after[name].float(), before[name].float())}
+    if kind == "full":
+        assert set(before) == set(after)
+        trained = re.compile(r".*language_model\.(model\.)?(layers|norm)\..*|.*lm_head\.weight")
+        assert moved == {name for name in before if trained.fullmatch(name)}
+        assert any("audio_tower" in name for name in before)
+    else:
+        assert all(re.search(r"language_model\.layers\.\d\..*_proj\.lora_[AB]\.weight", name) for name in after)
+        assert len(moved) == 2 * 2 * 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, runs, kind):
+    run, folder = runs[kind][0], models[KIND_MODELS[kind]]
+    family = KIND_MODELS[kind].removeprefix("says ")
+    stock = STOCK[family].from_pretrained(run / "final" if kind == "full" else folder)
+    if kind != "full":
+        stock = peft.PeftModel.from_pretrained(stock, run / "final")
+    it = prepare(folder, rank=0 if kind == "full" else 4)
+    state = mmau.load_checkpoint(run)["model"]
+    missing, unexpected = it.policy.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) == {name for name, p in it.policy.named_parameters() if not p.requires_grad}
+    mmau.language_model(it.policy.model).set_attn_implementation("sdpa")
+    for one in it.inputs:
+        expected = stock(**one).logits
+        assert torch.equal(expected, it.policy.model.eval()(**one).logits)
+    first = STOCK[family].from_pretrained(folder)(**one).logits
+    assert (first - expected).abs().max() > 1e-3
+    if kind != "full":
+        with it.policy.model.disable_adapter():
+            assert torch.equal(it.policy.model(**one).logits, first)
+    text = "<|audio_bos|><|AUDIO|><|audio_eos|>Who?"
+    ids = [
+        AutoProcessor.from_pretrained(place)(text=text, audio=[sound(1)], sampling_rate=16000, return_tensors="pt")
+        for place in (run / "final", folder)
+    ]
+    assert torch.equal(ids[0]["input_ids"], ids[1]["input_ids"])
+    assert torch.equal(ids[0]["input_features"], ids[1]["input_features"])
+
+
+@pytest.mark.parametrize("method,k", [("adrpo", 0.5), ("grpo", None)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_iteration_is_the_textbook_on_stock_models(models, files, base_flags, tmp_path, family, method, k):
+    """One iteration of two updates, again: separate sequences with their clips, loops, plain AdamW."""
+    folder = models[f"says {family}"]
+    flags = ["--iterations", "1", "--updates-per-rollout", "2", "--learning-rate", "5e-2", "--method", method]
+    flags += ["--adv-clip-k", k, "--max-grad-norm", "0.5", "--temperature", "0.9", "--model-id", folder]
+    finish(*base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r", "--train-tokens", "150")
+
+    mmau.seed_everything(1)
+    model, processor = mmau.load_model(mmau.Args(model_id=str(folder), lora_rank=4), torch.float32)
+    stop, banned = mmau.special_tokens(model, processor)
+    policy, inputs, embeds = mmau.Policy(model, banned), [], []
+    model, reference = (stock_copy(family, folder, policy) for _ in range(2))
+    every = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    rows = [every[i] for i in mmau.draw_prompts(6, 2, 0, 1)]
+    for row in rows:
+        wave, text = soundfile.read(files / row["audio"], dtype="float32")[0], mmau.build_prompt(processor, row, 50)
+        inputs.append(processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt"))
+        embeds.append(mmau.embed_question(policy.model, processor, text, wave, CPU))
+    chance = torch.rand(2, 4, 12, generator=mmau.seed_everything(1, 1))
+    tokens, mask, _ = mmau.rollout(policy, embeds, chance, stop, 0.9)
+    rewards = torch.zeros(2, 4)
+    for p in range(2):
+        for g in range(4):
+            ids = tokens[p, g][mask[p, g]]
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            values = [mmau.reward_accuracy(text, rows[p]), mmau.reward_format(text, True)]
+            values += [mmau.reward_consistency(text, rows[p]), mmau.reward_keywords(text), 1 - len(ids) / 12]
+            rewards[p, g] = torch.tensor(values) @ torch.tensor([5.0, 1, 1, 1, 1])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, old, total, norm = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0), None, 0.0, 0.0
+    ref_logp = plain(reference, inputs, tokens, banned, 0.9)[0].detach()
+    figures = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        logp, entropy = plain(model, inputs, tokens, banned, 0.9)
+        old = logp.detach() if old is None else old
+        losses = []
+        for p in range(2):
+            for g in range(4):
+                kept = mask[p, g]
+                a = float((rewards[p, g] - rewards[p].mean()) / (rewards[p].std() + 1e-4))
+                beta = 0.04 - min(max(a, -k * 0.04), k * 0.04) if method == "adrpo" else 0.04
+                ratio, d = (logp - old)[p, g][kept].exp(), (ref_logp - logp)[p, g][kept]
+                policy_term = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+                losses.append((policy_term + beta * (d.exp() - d - 1)).mean())
+                figures.append(torch.stack([d.exp() - d - 1, entropy[p, g][kept]]).detach())
+        loss = sum(losses) / 8
+        loss.backward()
+        norm += float(torch.nn.utils.clip_grad_norm_(trained, 0.5)) / 2
+        total += loss.item() / 2
+        optimizer.step()
+    row = read_metrics(tmp_path / "r")[1]
+    assert row["losses/total"] == pytest.approx(total, rel=2e-3, abs=1e-5)
+    assert row["losses/grad_norm"] == pytest.approx(norm, rel=2e-3)
+    assert row["reward/mean"] == pytest.approx(rewards.mean().item(), rel=1e-5)
+    assert row["completions/mean_length"] == pytest.approx(mask.sum(2).float().mean().item())
+    assert [row["kl"], row["entropy"]] == pytest.approx(torch.cat(figures, dim=1).mean(1).tolist(), rel=2e-3)
+    assert row["kl"] > 0
+    mine, final, start = (
+        {re.sub(r"^base_model.model.|\.default", "", name): value for name, value in state.items()}
+        for state in (weights(tmp_path / "r"), model.state_dict(), reference.state_dict())
+    )
+    assert change(mine, final, start) < 0.02
+
+
+@pytest.mark.parametrize(
+    "flags", ["--train-tokens 140", "--rollout-batch 1 --eval-batch 3", "--gradient-checkpointing"]
+)
+def test_batch_sizes_and_memory_savers_do_not_change_the_result(base_flags, runs, base, tmp_path, flags):
+    finish(*base_flags, "--output-dir", tmp_path, "--run-name", "r", *flags.split())
+    assert_same_run(runs["adrpo"][0], tmp_path / "r", base, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_kl_is_exactly_zero_before_the_first_step_in_bf16(base_flags, tmp_path, rank):
+    flags = ["--precision", "bf16", "--iterations", "1", "--lora-rank", rank]
+    finish(*base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r")
+    row = read_metrics(tmp_path / "r")[1]
+    assert row["kl"] == row["clip_ratio/region_mean"] == 0
+    state = mmau.load_checkpoint(tmp_path / "r")["model"]
+    assert all(value.dtype == torch.float32 for value in state.values())
+
+
+# A child that kills itself in the middle of writing its second checkpoint (iteration 4).
+DYING = """
+import os, runpy, signal, sys, torch
+save = torch.save
+def dying_save(what, path, **rest):
+    if str(path).endswith("000004.part"):
+        open(path, "wb").write(b"half a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(what, path, **rest)
+torch.save = dying_save
+script = sys.argv[1]; sys.argv = sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
+    longer = ["--iterations", "4", "--save-every", "2", "--updates-per-rollout", "2", "--lr-schedule", "cosine"]
+    flags = [*base_flags, "--output-dir", tmp_path, *longer]
+    finish(*flags, "--run-name", "straight")
+    command = [sys.executable, "-c", DYING, str(SCRIPT), *map(str, flags), "--run-name", "killed"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    killed = tmp_path / "killed"
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"000002.pt", "000004.part"}
+    time.sleep(1.1)  # TensorBoard orders its files by the second
+    os.utime(killed / "args.json")  # the newest run
+    finish("--resume", "latest", "--output-dir", tmp_path)
+    assert_same_run(tmp_path / "straight", killed)
+    events = EventAccumulator(str(killed))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3, 4]
+    one, other = (mmau.load_checkpoint(run) for run in (tmp_path / "straight", killed))
+    torch.testing.assert_close(one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "killed")]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("kind,finished", [("adrpo", True), ("adrpo", False), ("full", False)])
+def test_a_run_resumes_to_itself(runs, tmp_path, kind, finished):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs[kind][0], copy)
+    if not finished:
+        (copy / "checkpoints" / "000002.pt").unlink()
+    summary = json.loads((copy / "summary.json").read_text())
+    finish("--resume", copy)
+    assert_same_run(runs[kind][0], copy)
+    assert json.loads((copy / "summary.json").read_text()) == summary
+
+
+def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path):
+    flags = [*base_flags, "--output-dir", str(tmp_path), "--updates-per-rollout", "2", "--train-tokens", "140"]
+    finish(*flags, "--run-name", "one")
+    launcher = "import torch.distributed.run as launcher; launcher.main()"
+    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", "2", str(SCRIPT), *flags]
+    result = subprocess.run([*command, "--run-name", "two"], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(tmp_path / "one", tmp_path / "two", base, tolerance=1e-2)
+    said = [json.loads((tmp_path / run / "samples" / "000000.json").read_text()) for run in ("one", "two")]
+    assert said[0] == said[1]
+
+
+def test_evaluation_of_an_adapter_under_several_budgets(eval_flags, runs, files, tmp_path):
+    run = runs["adrpo"][0]
+    flags = [*eval_flags, "--output-dir", tmp_path, "--think-budgets", "0", "25", "100"]
+    out = finish(*flags, "--run-name", "tuned", "--adapter", run / "final")
+    finish(*flags, "--run-name", "base", "--eval-batch", "1")
+    assert (tmp_path / "tuned" / "scaling.png").stat().st_size > 5000
+    points = json.loads((tmp_path / "tuned" / "scaling.json").read_text())
+    assert [point["budget"] for point in points["points"]] == [0, 25, 100]
+    assert points["adapter"] == str(run / "final")
+    for name in ("slope", "sweet_spot_accuracy"):
+        assert points[name] == pytest.approx(mmau.scaling(points["points"])[name], nan_ok=True)
+    tokenizer = AutoProcessor.from_pretrained(run / "final").tokenizer
+    for place, point in enumerate(points["points"]):
+        budget = f"{point['budget']:03d}"
+        said = json.loads((tmp_path / "tuned" / "samples" / f"predictions-{budget}.json").read_text())
+        facts = json.loads((tmp_path / "tuned" / f"mmau-{budget}.json").read_text())
+        expected = official_script(said)
+        assert facts["scores"]["total"]["total"]["accuracy"] == pytest.approx(expected["total"]) == point["accuracy"]
+        for task, scores in facts["scores"]["task"].items():
+            assert scores["accuracy"] == expected[task]
+        assert (tmp_path / "tuned" / f"mmau-{budget}.md").read_text() == mmau.score_table(facts["scores"])
+        assert "| task: speech |" in out
+        thought = [len(tokenizer(mmau.block(row["completion"], "think")).input_ids) for row in said]
+        assert facts["figures"]["reasoning_tokens"] == pytest.approx(np.mean(thought)) == point["tokens"]
+        first = json.loads((tmp_path / "base" / "samples" / f"predictions-{budget}.json").read_text())
+        assert {row["model_output"] for row in first} == {"Man"}
+        right = json.loads((tmp_path / "base" / f"mmau-{budget}.json").read_text())["scores"]["total"]["total"]["right"]
+        assert right == sum(row["answer"] == "Man" for row in first) == 2
+        figures = json.loads((tmp_path / "base" / f"mmau-{budget}.json").read_text())["figures"]
+        assert figures["format"] == (place > 0)  # without thinking, a think block is no right format
+    # the adapter of the training's last evaluation, the same budget: the same words
+    finish(*eval_flags, "--output-dir", tmp_path, "--run-name", "same", "--adapter", run / "final")
+    said = json.loads((tmp_path / "same" / "samples" / "predictions-050.json").read_text())
+    assert said == json.loads((run / "samples" / "000002.json").read_text())
+    assert not (tmp_path / "same" / "scaling.json").exists()
+
+
+@real_data
+def test_the_real_clip_with_its_real_question(tmp_path):
+    (clip,) = DATA.glob("*.wav")
+    rows = json.loads((DATA / "mmau-test-mini.json").read_text())
+    (row,) = [row for row in rows if clip.name in row["audio_id"]]
+    (tmp_path / "one.json").write_text(json.dumps([row]))
+    folder = tiny_models.make_audio_lm(tmp_path / "model", "qwen2-audio", seconds=30, says=SAYS)
+    flags = [*TINY.split(), "--model-id", folder, "--audio-dir", DATA, "--output-dir", tmp_path]
+    flags += ["--train-data", tmp_path / "one.json", "--eval-data", tmp_path / "one.json", "--eval-audio-dir", DATA]
+    assert "--train-on-eval" in refused(*flags)
+    out = finish(*flags, "--train-on-eval", "--run-name", "r", "--max-audio-seconds", "5")
+    assert f"{int(soundfile.info(clip).duration > 5)} clips are cut to 5 s" in out or "2 clips are cut to 5 s" in out
+    assert read_metrics(tmp_path / "r")[2]["kl"] > 0
+    flags = [
+        "--cpu",
+        "--eval-only",
+        "--model-id",
+        folder,
+        "--adapter",
+        tmp_path / "r" / "final",
+        "--eval-audio-dir",
+        DATA,
+    ]
+    flags += ["--eval-data", DATA / "mmau-test-mini.json", "--eval-max", "1", "--output-dir", tmp_path]
+    finish(*flags, "--max-completion-length", "12", "--run-name", "e")
+    said = json.loads((tmp_path / "e" / "samples" / "predictions-050.json").read_text())
+    assert len(said) == 1
+    assert row.items() <= said[0].items()
+    assert {"model_output", "model_prediction", "completion"} <= set(said[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ E. data
+
+
+def write_rows(path, rows):
+    lines = path.suffix == ".jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n" if lines else json.dumps(rows), encoding="utf-8")
+    return str(path)
+
+
+def test_every_layout_is_read(files, tmp_path):
+    ours = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    for name in ("a.jsonl", "a.json"):
+        rows = mmau.read_questions("train-data", write_rows(tmp_path / name, ours))
+        assert rows == [{"id": str(i), **row} for i, row in enumerate(ours)]
+    avqa = [
+        {"id": 183, "video_name": "-Hxj_9mKBM4_000030", "video_id": 9, "question_text": "What made the video sound?"}
+        | {"multi_choice": ["bus", "car", "owl", "crow"], "answer": 2, "question_relation": "Sound"},
+        {"id": 184, "video_name": "x", "question_text": "What?", "multi_choice": ["a", "b"], "answer": 0},
+    ]
+    rows = mmau.read_questions("train-data", write_rows(tmp_path / "avqa.json", avqa))
+    assert [row["audio"] for row in rows] == ["-Hxj_9mKBM4_000030.wav", "x.wav"]
+    assert [row["answer"] for row in rows] == ["owl", "a"]
+    assert rows[0]["choices"] == avqa[0]["multi_choice"]
+    assert rows[0]["question"] == "What made the audio sound?"
+    rows = mmau.read_questions("eval-data", str(files / "eval.json"))
+    assert [(row["id"], row["audio"]) for row in rows[:1]] == [("q0", "./elsewhere/6.wav")]
+    found, problems = mmau.find_clips("eval-data", str(files / "eval.json"), str(files / "wavs"), rows)
+    assert not problems
+    assert [question.path for question in found] == [files / "wavs" / f"{i}.wav" for i in (6, 7, 8)]
+
+
+@pytest.mark.parametrize("number_ids", [False, True])
+def test_a_run_on_avqas_layout_holds_out_every_tenth(models, files, tmp_path, number_ids):
+    rows = []
+    for i in range(12):
+        row = {"id": 100 + i if number_ids else f"a{i}", "video_name": f"{i % 9}", "question_text": "Who?"}
+        rows.append(row | {"multi_choice": CHOICES, "answer": i % 4, "question_relation": "Sound"})
+    spec = write_rows(tmp_path / "avqa.json", rows)
+    flags = [*TINY.split(), "--model-id", models["says omni"], "--train-data", spec, "--audio-dir", files / "wavs"]
+    out = finish(*flags, "--iterations", "1", "--output-dir", tmp_path, "--run-name", "r")
+    assert "10 training questions, 2 for evaluation (every tenth)" in out
+    said = json.loads((tmp_path / "r" / "samples" / "000000.json").read_text())
+    assert [row["video_name"] for row in said] == ["0", "1"]
+
+
+def test_the_prompt(models, files):
+    processor = AutoProcessor.from_pretrained(models["omni"])
+    row = {"question": "Who speaks?", "choices": ["Man", "A woman"]}
+    for budget in (0, 25):
+        text = mmau.build_prompt(processor, row, budget)
+        assert text.count("<|AUDIO|>") == 1
+        assert text.endswith("<|im_start|>assistant\n")
+        assert "Who speaks? Choose one of the following options: Man, A woman." in text
+        assert ("<think>" in text) == ("25 words" in text) == (budget > 0)
+        assert "<answer> </answer>" in text
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_audio_is_mono_at_16_khz(tmp_path, rate, channels, kind):
+    path, at = tmp_path / f"a.{kind}", np.arange(2 * rate) / rate
+    one, other = 0.4 * np.sin(2 * np.pi * 440 * at), 0.2 * np.sin(2 * np.pi * 1000 * at)
+    soundfile.write(path, one if channels == 1 else np.stack([one, other], 1), rate)
+    got = mmau.load_audio(path, 30)
+    assert got.dtype == np.float32
+    assert got.shape == (32000,)
+    time_ = np.arange(32000) / 16000
+    tone = 0.4 * np.sin(2 * np.pi * 440 * time_)
+    expected = tone if channels == 1 else (tone + 0.2 * np.sin(2 * np.pi * 1000 * time_)) / 2
+    assert np.abs(got - expected)[800:-800].max() < 2e-3  # the tone itself, away from the ends
+    stored = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(1)
+    np.testing.assert_allclose(got, stored if rate == 16000 else soxr.resample(stored, rate, 16000), atol=1e-6)
+    assert mmau.clip_problem(path) is None
+    cut = mmau.load_audio(path, 0.5)
+    assert cut.shape == (8000,)
+    assert np.abs(cut - got[:8000])[:7800].max() < 2e-3
+
+
+def test_longer_clips_are_cut_and_counted(models, files, eval_flags, tmp_path):
+    (tmp_path / "wavs").mkdir()
+    rows = json.loads((files / "eval.json").read_text())
+    for i, seconds in enumerate((6.0, 2.0, 1.0)):  # the extractor's window is 4 s
+        soundfile.write(tmp_path / "wavs" / f"{i + 6}.wav", sound(seconds, i, 8000), 8000)
+    spec = write_rows(tmp_path / "e.json", rows)
+    flags = [*eval_flags, "--eval-data", spec, "--eval-audio-dir", tmp_path / "wavs", "--output-dir", tmp_path]
+    assert "1 clips are cut to 4 s" in finish(*flags, "--run-name", "a")
+    assert "2 clips are cut to 1.5 s" in finish(*flags, "--run-name", "b", "--max-audio-seconds", "1.5")
+
+
+@pytest.fixture(scope="session")
+def broken(files, tmp_path_factory):
+    """A folder of five clips that cannot be used and a good one; e.json with a question for each."""
+    folder = tmp_path_factory.mktemp("broken")
+    shutil.copy(files / "wavs" / "3.wav", folder / "good.wav")
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("not a sound")
+    soundfile.write(folder / "short.wav", sound(100 / 16000), 16000)
+    for kind in ("wav", "flac"):
+        soundfile.write(folder / f"cut.{kind}", sound(1.0), 16000)
+        whole = (folder / f"cut.{kind}").read_bytes()
+        (folder / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    names = ["missing.wav", "empty.wav", "good.wav", "short.wav", "text.wav", "cut.wav", "cut.flac"]
+    rows = [{"id": f"{i}", "audio": name, "question": "Who?", "choices": CHOICES} for i, name in enumerate(names)]
+    rows = [row | {"answer": "Man", "task": "sound"} for row in rows]
+    write_rows(folder / "e.json", rows)
+    write_rows(folder / "none.json", [row for row in rows if row["audio"] != "good.wav"])
+    return folder
+
+
+def test_clips_that_cannot_be_used_are_listed_and_wrong(eval_flags, broken, tmp_path):
+    out = finish(*eval_flags, "--eval-data", broken / "e.json", "--eval-audio-dir", broken, "--output-dir", tmp_path)
+    (run,) = tmp_path.iterdir()
+    skipped = {Path(path).name: reason for path, reason in json.loads((run / "skipped.json").read_text()).items()}
+    assert skipped["missing.wav"] == "not found"
+    assert skipped["short.wav"].startswith("100 samples: shorter")
+    assert set(skipped) >= {"empty.wav", "text.wav", "cut.flac"}
+    assert all(skipped.values())
+    said = json.loads((run / "samples" / "predictions-050.json").read_text())
+    assert [bool(row["model_output"]) for row in said if Path(row["audio"]).name != "cut.wav"] == [0, 0, 1, 0, 0, 0]
+    total = json.loads((run / "mmau-050.json").read_text())["scores"]["total"]["total"]
+    assert total["count"] == 7
+    assert official_script(said)["total"] == total["accuracy"]
+    assert f"{len(skipped)} clips cannot be used: skipped.json" in out
+
+
+def test_a_wav_shorter_than_its_header_says_is_truncated(broken):
+    assert mmau.clip_problem(broken / "cut.wav") is not None
+
+
+def test_training_goes_round_clips_that_cannot_be_used(base_flags, broken, files, tmp_path):
+    rows = json.loads((broken / "e.json").read_text())
+    for row in rows:
+        row["audio"] = str(broken / row["audio"])
+    spec = write_rows(tmp_path / "t.jsonl", rows)
+    out = finish(*base_flags, "--train-data", spec, "--iterations", "1", "--output-dir", tmp_path, "--run-name", "r")
+    assert "3 for evaluation; " in out
+    assert "clips cannot be used" in out
+
+
+def test_training_on_a_test_split_or_on_evaluation_questions_needs_the_flag(base_flags, files, tmp_path):
+    rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    for name, changes, reason in (
+        ("split", {"split": "test-mini"}, "has 1 rows of a test split"),
+        ("same", {"audio": "wavs/6.wav", "question": "Who speaks?"}, "has 1 questions that are in --eval-data too"),
+    ):
+        spec = write_rows(files / f"{name}.json", [rows[0] | changes, *rows[1:]])
+        flags = [*base_flags, "--train-data", spec, "--output-dir", tmp_path]
+        line = refused(*flags)
+        assert reason in line
+        assert "--train-on-eval" in line
+        args = mmau.Args(train_data=spec, eval_data=str(files / "eval.json"), eval_audio_dir=str(files / "wavs"))
+        args.train_on_eval = True
+        assert len(mmau.load_questions(args)[0]) == 6
+    rows[0] |= {"audio": "wavs/6.wav", "question": "What else?"}  # another question on a test clip
+    mmau.load_questions(
+        mmau.Args(
+            train_data=write_rows(files / "other.json", rows),
+            eval_data=args.eval_data,
+            eval_audio_dir=args.eval_audio_dir,
+        )
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- F. bad input
+
+
+@pytest.fixture(scope="session")
+def bad(models, files, tmp_path_factory):
+    """A folder of things that cannot work."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = {"id": "a", "audio": str(files / "wavs" / "0.wav"), "question": "Who?", "choices": ["x", "y"], "answer": "x"}
+    changed = {f"no-{key}": {k: v for k, v in good.items() if k != key} for key in ("audio", "question", "choices")}
+    changed |= {"no-answer": good | {"answer": ""}, "other": good | {"answer": "z"}, "task": good | {"task": "noise"}}
+    changed |= {"choices-text": good | {"choices": "x or y"}, "choices-number": good | {"choices": [1, 2], "answer": 1}}
+    changed |= {"question-number": good | {"question": 5}, "audio-number": good | {"audio": 5}}
+    changed |= {"avqa": {"video_name": "x", "question_text": "?", "multi_choice": ["a"], "answer": 1}}
+    for name, row in changed.items():
+        write_rows(folder / f"{name}.jsonl", [row])
+    write_rows(folder / "twice.json", [good, good])
+    write_rows(folder / "one.jsonl", [good])
+    (folder / "empty.jsonl").write_text("\n\n")
+    (folder / "broken.json").write_text("[{")
+    (folder / "object.json").write_text("{}")
+    (folder / "strings.jsonl").write_text('"x"\n')
+    (folder / "latin.jsonl").write_bytes(b'{"audio": "\xff"}')
+    (folder / "folder").mkdir()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    tiny_models.make_lm(folder / "llama", "llama")
+    for name, file in (("cut", "model.safetensors"), ("unprocessed", "processor_config.json")):
+        shutil.copytree(models["omni"], folder / name)
+        (folder / name / file).write_bytes(b"nothing") if name == "cut" else (folder / name / file).unlink()
+    return folder
+
+
+BAD = [
+    ("--model-id {bad}/none", "--model-id {bad}/none: cannot be loaded"),
+    ("--model-id {bad}/folder", "--model-id {bad}/folder: cannot be loaded"),
+    ("--model-id {bad}/cut", "--model-id {bad}/cut: cannot be loaded"),
+    ("--model-id {bad}/llama", "--model-id {bad}/llama: is a llama; must be Qwen2.5-Omni or Qwen2-Audio"),
+    ("--model-id {bad}/unprocessed", "--model-id {bad}/unprocessed: "),
+    ("--train-data no.jsonl", "--train-data no.jsonl: cannot be read"),
+    ("--eval-data no.json", "--eval-data no.json: cannot be read"),
+    ("--train-data {bad}/empty.jsonl", "empty"),
+    ("--train-data {bad}/broken.json", "cannot be read (Expecting"),
+    ("--train-data {bad}/object.json", "must be a list of JSON objects"),
+    ("--train-data {bad}/strings.jsonl", "must be a list of JSON objects"),
+    ("--train-data {bad}/latin.jsonl", "cannot be read ("),
+    ("--train-data {bad}/no-audio.jsonl", "row 0 has no audio; a row is audio, question, choices, answer"),
+    ("--train-data {bad}/no-question.jsonl", "row 0 has no question"),
+    ("--train-data {bad}/no-choices.jsonl", "row 0 has no choices"),
+    ("--eval-data {bad}/no-answer.jsonl", "--eval-data {bad}/no-answer.jsonl: row 0 has no answer"),
+    ("--train-data {bad}/other.jsonl", "row 0: the answer 'z' is not among the choices"),
+    ("--train-data {bad}/choices-text.jsonl", "row 0"),
+    ("--train-data {bad}/choices-number.jsonl", "row 0"),
+    ("--train-data {bad}/question-number.jsonl", "row 0"),
+    ("--train-data {bad}/audio-number.jsonl", "row 0"),
+    ("--train-data {bad}/avqa.jsonl", "row 0 is not AVQA's (IndexError"),
+    ("--train-data {bad}/twice.json", "the id a is there twice"),
+    ("--eval-data {bad}/task.jsonl", "the task 'noise' is none of sound, music, speech"),
+    ("--audio-dir {bad}/folder", "--train-data {files}/train.jsonl: none of its 6 clips can be used ("),
+    ("--eval-audio-dir {bad}/folder", "--eval-data {files}/eval.json: none of its 3 clips can be used ("),
+    ("--eval-data {broken}/none.json", "--eval-data {broken}/none.json: none of its 6 clips can be used ("),
+    ("--adapter {bad}/adapter", "--adapter {bad}/adapter: must be left out: it goes with --eval-only"),
+    ("--think-budgets 0 25", "--think-budgets (0, 25): must be left out: it goes with --eval-only"),
+    ("--eval-only --adapter {bad}/none", "--adapter {bad}/none: cannot be loaded"),
+    ("--eval-only --adapter {bad}/folder", "--adapter {bad}/folder: cannot be loaded"),
+    ("--eval-only --adapter {bad}/adapter", "--adapter {bad}/adapter: cannot be loaded"),
+    ("--eval-only --think-budgets 0 -5", "--think-budgets (0, -5): must be 0 or more"),
+    ("--think-budget -1", "--think-budget -1: must be 0 or more"),
+    ("--group-size 1", "--group-size 1: must be at least 2"),
+    ("--prompts-per-update 0", "--prompts-per-update 0: must be above 0"),
+    ("--eval-max 0", "--eval-max 0: must be above 0"),
+    ("--max-audio-seconds 0", "--max-audio-seconds 0.0: must be above 0"),
+    ("--max-audio-seconds 0.001", "--max-audio-seconds 0.001: must be"),
+    ("--reward-weights nan 1 1 1 1", "--reward-weights (nan, "),
+    ("--temperature 0", "--temperature 0.0: must be above 0"),
+    ("--eval-temperature -1", "--eval-temperature -1.0: must be 0 or more"),
+    ("--adv-clip-k -1", "--adv-clip-k -1.0: must be above 0"),
+    ("--learning-rate nan", "--learning-rate nan: must be above 0"),
+    ("--seed -1", "--seed -1: must be 0 or more"),
+    ("--resume nowhere", "--resume nowhere: nowhere is not a run folder"),
+]
+
+
+@pytest.mark.parametrize("flags,message", BAD, ids=[flags for flags, _ in BAD])
+def test_bad_flags_get_one_line(files, bad, broken, base_flags, tmp_path, flags, message):
+    places = {"bad": bad, "files": files, "broken": broken}
+    line = refused(*base_flags, "--output-dir", tmp_path / "runs", *flags.format(**places).split())
+    assert message.format(**places) in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_flags_that_need_another(models, files, bad, tmp_path):
+    flags = ["--cpu", "--model-id", models["omni"], "--output-dir", tmp_path / "runs"]
+    assert "--eval-data None: must be given with --eval-only" in refused(*flags, "--eval-only")
+    assert "--train-data None: must be given, or --eval-only" in refused(*flags)
+    line = refused(*flags, "--train-data", bad / "one.jsonl")
+    assert "one question cannot be split; give --eval-data" in line
+    line = refused(
+        *flags,
+        "--train-data",
+        write_rows(
+            tmp_path / "t.jsonl", [json.loads((bad / "task.jsonl").read_text()) | {"id": f"{i}"} for i in range(2)]
+        ),
+    )  # held out from --train-data
+    assert f"--train-data {tmp_path / 't.jsonl'}: the task 'noise'" in line
+    code, _, err = run_script(*flags, "--train-data", files / "train.jsonl", "--reward-weights", "1", "1")
+    assert code == 2
+    assert "--reward-weights" in err
+    mmau.check_args(mmau.Args(train_data="x", prompts_per_update=6), 2)
+    with pytest.raises(mmau.InputError, match="--prompts-per-update 5: must be a multiple of the 2 processes"):
+        mmau.check_args(mmau.Args(train_data="x", prompts_per_update=5), 2)
+
+
+def test_an_existing_or_unwritable_folder_is_refused(base_flags, runs, tmp_path):
+    folder = runs["adrpo"][0]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    line = refused(*base_flags, "--output-dir", folder.parent, "--run-name", folder.name)
+    assert f"--run-name {folder.name}: {folder} exists" in line
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    (tmp_path / "file").write_text("")
+    line = refused(*base_flags, "--output-dir", tmp_path / "file")
+    assert f"--output-dir {tmp_path / 'file'}: cannot be written" in line
+
+
+def test_resume_refuses_other_flags_and_foreign_or_damaged_folders(runs, tmp_path):
+    run, _ = runs["adrpo"]
+    assert "--beta0 0.5: the resumed run has 0.04" in refused("--resume", run, "--beta0", "0.5")
+    assert "--reward-weights (9.0," in refused("--resume", run, "--reward-weights", "9", "1", "1", "1", "1")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "args.json").write_text('{"script": "toy_mnist_flow", "args": {}}')
+    assert "is a run of toy_mnist_flow, not of adrpo_audio_mmau" in refused("--resume", tmp_path / "toy")
+    assert "no run of this script" in refused("--resume", "latest", "--output-dir", tmp_path)
+    for text in ("{", "[]", '{"script": "adrpo_audio_mmau", "args": {"none": 1}}'):
+        (tmp_path / "toy" / "args.json").write_text(text)
+        assert "its args.json is not this version's" in refused("--resume", tmp_path / "toy")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / "checkpoints" / "000002.pt").write_bytes(b"nothing")
+    assert "000002.pt cannot be read" in refused("--resume", damaged)
+    assert read_metrics(damaged) == read_metrics(run)
+
+
+# -------------------------------------------------------------------------------------------------------------- G. help
+
+
+def test_help_teaches_every_flag():
+    code, out, _ = run_script("--help")
+    assert code == 0
+    (args,) = (n for n in ast.parse(SCRIPT.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    for field, after in zip(args.body, [*args.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert documented, field.target.id
+            assert f"--{field.target.id.replace('_', '-')}" in out
+    for words in ("baseline", "KL coefficient", "CESAR", "--think-budgets"):
+        assert words in out
