@@ -344,7 +344,8 @@ def load_rows(flag: str, spec: str, column: str | None, split: str | None) -> li
     for row in rows:
         prompt = row.get(column)
         if isinstance(prompt, list):
-            usable = prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+            usable = prompt and all(isinstance(m, dict) and {"role"} <= m.keys() for m in prompt)
+            usable = usable and all(isinstance(m.get("content"), str) for m in prompt)
         else:
             usable = isinstance(prompt, str) and prompt.strip()
         if usable:
@@ -364,7 +365,8 @@ class Prompt(NamedTuple):
 
 def encode_prompts(tokenizer: transformers.PreTrainedTokenizerBase, rows: list[dict], chat: bool) -> list[Prompt]:
     """Tokens of each row's prompt: plain text as it is, messages (and with `chat` everything) through the chat
-    template, ready for the assistant's turn. Raises InputError for a tokenizer without one."""
+    template, ready for the assistant's turn. Raises InputError for a tokenizer without one, or for a prompt that it
+    refuses."""
     prompts = []
     for row in rows:
         wrap = chat or isinstance(row["prompt"], list)
@@ -372,9 +374,13 @@ def encode_prompts(tokenizer: transformers.PreTrainedTokenizerBase, rows: list[d
             remedy = "give an instruct model, or plain text prompts without --chat"
             raise InputError(f"--model-id {tokenizer.name_or_path}: its tokenizer has no chat template; {remedy}")
         text = row["prompt"]
-        if wrap:
-            text = tokenizer.apply_chat_template(as_messages(text), add_generation_prompt=True, tokenize=False)
-        prompts.append(Prompt(row, tokenizer(text, add_special_tokens=not wrap).input_ids))
+        try:
+            if wrap:
+                text = tokenizer.apply_chat_template(as_messages(text), add_generation_prompt=True, tokenize=False)
+            prompts.append(Prompt(row, tokenizer(text, add_special_tokens=not wrap).input_ids))
+        except Exception as error:  # a template that wants other roles, a tokenizer without such characters
+            shown = one_line(ValueError(row["prompt"]))[:80]
+            raise InputError(f"--dataset: the prompt {shown!r} cannot be tokenised ({one_line(error)})") from error
     return prompts
 
 
@@ -1016,6 +1022,7 @@ def check_args(args: Args, processes: int) -> None:
         count = len(args.reward_model or ()) + len(args.reward) or 1
         holds = len(args.reward_weights) == count
         rules.append(("reward_weights", f"{count}, one for each --reward-model and --reward", holds))
+        rules.append(("reward_weights", "finite", all(map(math.isfinite, args.reward_weights))))
     for name, rule, holds in rules:
         if not holds:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")

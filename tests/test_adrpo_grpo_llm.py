@@ -35,6 +35,7 @@ from transformers import (
 )
 
 import adrpo_grpo_llm as llm
+from benchmark import mini_world_llm
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1031,6 +1032,7 @@ def bad(models, tmp_path_factory):
     (folder / "one.txt").write_text("only one")
     (folder / "long.txt").write_text("the " * 30 + "\n" + "a " * 20)
     (folder / "lines.jsonl").write_text('"the red cat"\n')
+    (folder / "null.jsonl").write_text('{"prompt": [{"role": "user", "content": null}]}\n')
     (folder / "broken.jsonl").write_text('{"prompt": \n')
     (folder / "columns.jsonl").write_text('{"why": "the"}\n')
     (folder / "chat.jsonl").write_text(
@@ -1089,6 +1091,8 @@ BAD = [
     ("--reward {bad}/mine.py:words {files}/mine.py:words", "there is another reward of the name words; rename one"),
     ("--reward-model {bad}/two", "--reward-model {bad}/two: has 2 logits, must have 1"),
     ("--reward-model {bad}/none", "--reward-model {bad}/none: cannot be loaded"),
+    ("--reward-weights nan", "--reward-weights (nan,): must be finite"),
+    ("--dataset {bad}/null.jsonl", "--dataset {bad}/null.jsonl: no prompt in column prompt"),
     ("--reward-weights 1 2", "--reward-weights (1.0, 2.0): must be 1, one for each"),
     ("--group-size 1", "--group-size 1: must be at least 2"),
     ("--prompts-per-update 0", "--prompts-per-update 0: must be above 0"),
@@ -1113,6 +1117,12 @@ def test_bad_flags_get_one_line(models, files, bad, base_flags, tmp_path, flags,
     line = refused(*base_flags, "--output-dir", tmp_path / "runs", *flags.format(**places).split())
     assert message.format(**places) in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_that_the_tokenizer_refuses_is_named():
+    digits_only = mini_world_llm.build_tokenizer()
+    with pytest.raises(llm.InputError, match="the prompt '12ab=' cannot be tokenised"):
+        llm.encode_prompts(digits_only, [{"prompt": "12ab="}], chat=False)
 
 
 def test_an_existing_or_unwritable_folder_is_refused(base_flags, runs, tmp_path):
