@@ -1,10 +1,12 @@
-"""ADRPO for audio reasoning: GRPO with the adaptive KL coefficient, CESAR's process rewards, and the MMAU evaluation.
+"""ADRPO for audio reasoning: GRPO with the adaptive KL coefficient, CESAR's process rewards, and
+the MMAU evaluation.
 
-Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 7, on audio questions with
-several choices: a completion's KL to the reference model has the weight `beta0 - A`, A its advantage over the other
-completions of its question, clipped to +-k beta0. `--method grpo` holds it at beta0 (GRPO, arXiv 2402.03300). The
-rewards are the outcome pair (right answer, right format) and CESAR's (ICLR 2026, arXiv 2510.20867): consistency,
-keywords, overthinking. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
+Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 7, on
+audio questions with several choices: a completion's KL to the reference model has the
+weight `beta0 - A`, A its advantage over the other completions of its question, clipped to +-k
+beta0. `--method grpo` holds it at beta0 (GRPO, arXiv 2402.03300). The rewards are the outcome
+pair (right answer, right format) and CESAR's (ICLR 2026, arXiv 2510.20867): consistency, keywords,
+overthinking. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
 
     A  = (R - group mean) / (group std + 1e-4)
     L  = mean over completions of the mean over their tokens of
@@ -12,25 +14,34 @@ keywords, overthinking. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
     KL = exp(ref - pol) - (ref - pol) - 1             per token, of the log-probabilities (k3)
     R  = w1 accuracy + w2 format + w3 consistency + w4 keywords + w5 overthinking
 
-One iteration: read, resample and encode --prompts-per-update clips, roll out --group-size completions for each
-question, score them, one optimiser step on all of them. A clip goes through the frozen audio tower once; a question,
-clip included, is one row for its whole group in the rollout, the reference and the training pass:
+One iteration: read, resample and encode --prompts-per-update clips, roll out --group-size
+completions for each question, score them, one optimiser step on all of them. A clip goes through
+the frozen audio tower once; a question, clip included, is one row for its whole group in the
+rollout, the reference and the training pass:
 
     [ audio and question | completion 1 | completion 2 | ... | completion G ]
 
 Where this departs from the papers, or they are silent:
-- Learning rate, steps and prompts of ADRPO's audio run are not published: group, lengths and prompt follow the open
-  recipe for the same model and data (Ke-Omni-R), the LoRA a published one for one GPU. KL and std as in both.
-- CESAR's lists of keywords are not published in full: ours stand at the top of this file, each part capped at 1.
-- Evaluation is greedy; a missing prediction is wrong; the answer is the text inside the last <answer> block.
+- Learning rate, steps and prompts of ADRPO's audio run are not published: group, lengths and prompt
+  follow the open recipe for the same model and data (Ke-Omni-R), the LoRA a published one for one
+  GPU. KL and std as in both.
+- CESAR's lists of keywords are not published in full: ours stand at the top of this file, each part
+  capped at 1.
+- Evaluation is greedy; a missing prediction is wrong; the answer is the text inside the last
+  <answer> block.
 
-    python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs --eval-data gamma-lab-umd/MMAU-test-mini
-    python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs --reward-weights 5 1 1 1 1          # CESAR
-    torchrun --nproc-per-node 8 adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs --gradient-checkpointing
-    python adrpo_audio_mmau.py --eval-only --adapter runs/NAME/final --eval-data mmau.json --think-budgets 0 50 100
+    python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
+        --eval-data gamma-lab-umd/MMAU-test-mini
+    python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
+        --reward-weights 5 1 1 1 1  # CESAR
+    torchrun --nproc-per-node 8 adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
+        --gradient-checkpointing
+    python adrpo_audio_mmau.py --eval-only --adapter runs/NAME/final --eval-data mmau.json \\
+        --think-budgets 0 50 100
 
-Without a GPU: benchmark/mini_world_audio.py makes a small trained model and questions about synthetic sounds, on which
-this file learns in minutes. Equations, rewards, metrics, results and limits: docs/adrpo_audio_mmau.md
+Without a GPU: benchmark/mini_world_audio.py makes a small trained model and questions about
+synthetic sounds, on which this file learns in minutes. Equations, rewards, metrics, results and
+limits: docs/adrpo_audio_mmau.md
 """
 
 import contextlib
@@ -87,44 +98,55 @@ import matplotlib.pyplot as plt
 
 SCRIPT = "adrpo_audio_mmau"
 SAMPLE_RATE = 16000
-REWARDS = ("accuracy", "format", "consistency", "keywords", "overthinking")  # the order of --reward-weights
+# The order of --reward-weights.
+REWARDS = ("accuracy", "format", "consistency", "keywords", "overthinking")
 TASKS = ("sound", "music", "speech")  # of MMAU
-LOGITS_AT_ONCE = 2**26  # elements of float32 logits alive in the training pass: 268 MB, whatever the vocabulary
-BAR = {"accuracy": "reward/accuracy", "kl": "kl", "entropy": "entropy", "length": "completions/mean_length"}
+# Elements of float32 logits alive in the training pass: 268 MB, whatever the vocabulary.
+LOGITS_AT_ONCE = 2**26
+BAR = {
+    "accuracy": "reward/accuracy",
+    "kl": "kl",
+    "entropy": "entropy",
+    "length": "completions/mean_length",
+}
 KEEP_CHECKPOINTS = 2
 LETTER = r"^\([A-Z]\)\s*"  # before a choice: (A)
 
-# CESAR's keyword reward, our lists: a part is the number of different entries found over the number that makes it 1.
+# CESAR's keyword reward, our lists: a part is the number of different entries found over the number
+# that makes it 1.
 # fmt: off
 PATTERN_WORDS = [
-    "first", "second", "third", "then", "next", "finally", "compare", "compared", "unlike", "whereas", "rather",
-    "eliminate", "option",
+    "first", "second", "third", "then", "next", "finally", "compare", "compared", "unlike",
+    "whereas", "rather", "eliminate", "option",
 ]
 LOGIC_WORDS = [
-    "because", "therefore", "since", "so", "thus", "hence", "if", "implies", "suggests", "indicates", "evidence",
-    "consistent",
+    "because", "therefore", "since", "so", "thus", "hence", "if", "implies", "suggests",
+    "indicates", "evidence", "consistent",
 ]
 DOMAIN_WORDS = [
-    "frequency", "pitch", "tempo", "rhythm", "beat", "timbre", "harmonic", "harmonics", "melody", "chord", "key",
-    "scale", "interval", "bass", "treble", "octave", "loudness", "amplitude", "volume", "noise", "echo",
-    "reverberation", "spectrum", "duration", "pause", "silence", "onset", "voice", "speaker", "accent", "intonation",
-    "prosody", "stress", "vowel", "consonant", "formant", "syllable", "engine", "rain", "wind", "water", "bird",
-    "animal", "machine", "footsteps",
+    "frequency", "pitch", "tempo", "rhythm", "beat", "timbre", "harmonic", "harmonics", "melody",
+    "chord", "key", "scale", "interval", "bass", "treble", "octave", "loudness", "amplitude",
+    "volume", "noise", "echo", "reverberation", "spectrum", "duration", "pause", "silence", "onset",
+    "voice", "speaker", "accent", "intonation", "prosody", "stress", "vowel", "consonant",
+    "formant", "syllable", "engine", "rain", "wind", "water", "bird", "animal", "machine",
+    "footsteps",
 ]
 FULL_MARKS = 3  # different entries of a list that make its part 1
 # Words that carry no concept, left out of the consistency reward's sets.
 STOP_WORDS = {
-    "a", "an", "the", "is", "are", "was", "were", "be", "been", "it", "its", "this", "that", "these", "those", "of",
-    "in", "on", "at", "to", "from", "by", "for", "with", "and", "or", "not", "no", "as", "i", "you", "he", "she",
-    "they", "we", "my", "your", "his", "her", "their", "our", "me", "him", "them", "us", "do", "does", "did", "have",
-    "has", "had", "can", "could", "would", "should", "will", "may", "might", "must", "what", "which", "who", "whom",
-    "how", "why", "when", "where", "there", "here", "then", "than", "so", "if", "about", "into", "over",
+    "a", "an", "the", "is", "are", "was", "were", "be", "been", "it", "its", "this", "that",
+    "these", "those", "of", "in", "on", "at", "to", "from", "by", "for", "with", "and", "or", "not",
+    "no", "as", "i", "you", "he", "she", "they", "we", "my", "your", "his", "her", "their", "our",
+    "me", "him", "them", "us", "do", "does", "did", "have", "has", "had", "can", "could", "would",
+    "should", "will", "may", "might", "must", "what", "which", "who", "whom", "how", "why", "when",
+    "where", "there", "here", "then", "than", "so", "if", "about", "into", "over",
 }
 # fmt: on
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. Its message is one line that names the flag and the remedy."""
+    """Something the user gave cannot work. Its message is one line that names the flag and the
+    remedy."""
 
 
 def one_line(error: BaseException) -> str:
@@ -134,7 +156,7 @@ def one_line(error: BaseException) -> str:
 
 @dataclasses.dataclass
 class Args:
-    # ------------------------------------------------------------------------------------------------- experiment
+    # ----------------------------------------------------------------------------------- experiment
     output_dir: str = "runs"
     """folder that receives one sub-folder per run"""
     run_name: str | None = None
@@ -142,37 +164,44 @@ class Args:
     seed: int = 1
     """seed of everything: LoRA, order of the questions, rollouts"""
     cpu: bool = False
-    """stay on the CPU; several processes there: torchrun --nproc-per-node N adrpo_audio_mmau.py --cpu"""
+    """stay on the CPU; several processes there: torchrun --nproc-per-node N adrpo_audio_mmau.py
+    --cpu"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: matrix products in bfloat16; trained weights, log-probabilities and losses stay float32. auto: bf16 on a
-    GPU that has units for it, else fp32"""
+    """bf16: matrix products in bfloat16; trained weights, log-probabilities and losses stay
+    float32. auto: bf16 on a GPU that has units for it, else fp32"""
     resume: str | None = None
-    """run folder to continue exactly from its newest checkpoint, or `latest`; the run's own flags are used"""
+    """run folder to continue exactly from its newest checkpoint, or `latest`; the run's own flags
+    are used"""
     eval_only: bool = False
-    """no training: answer --eval-data, once for each of --think-budgets, and write predictions, scores and curve"""
+    """no training: answer --eval-data, once for each of --think-budgets, and write predictions,
+    scores and curve"""
 
-    # ------------------------------------------------------------------------------------------------------ model
+    # ---------------------------------------------------------------------------------------- model
     model_id: str = "Qwen/Qwen2.5-Omni-7B"
-    """Qwen2.5-Omni (its thinker is loaded) or Qwen2-Audio, hub id or folder. It is also the reference"""
+    """Qwen2.5-Omni (its thinker is loaded) or Qwen2-Audio, hub id or folder. It is also the
+    reference"""
     adapter: str | None = None
     """--eval-only: folder of a LoRA (a run's final/) on top of the model"""
     lora_rank: int = 8
-    """rank of the LoRA on the language model, switched off for the reference (the published one-GPU preset: 8). 0
-    trains all of the language model's layers and head beside a frozen copy; audio tower and embeddings stay frozen"""
+    """rank of the LoRA on the language model, switched off for the reference (the published one-GPU
+    preset: 8). 0 trains all of the language model's layers and head beside a frozen copy; audio
+    tower and embeddings stay frozen"""
     lora_alpha: int = 32
     """the LoRA's update is scaled by alpha / rank (the same preset: 32)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
 
-    # ------------------------------------------------------------------------------------------------------- data
+    # ----------------------------------------------------------------------------------------- data
     train_data: str | None = None
-    """questions to train on: .jsonl, a row {audio, question, choices, answer} a line, or a .json list of such rows, of
-    AVQA's own rows, or of MMAU's; or a dataset NAME[@REVISION][:SPLIT] with audio in it, of the hub or in a folder"""
+    """questions to train on: .jsonl, a row {audio, question, choices, answer} a line, or a .json
+    list of such rows, of AVQA's own rows, or of MMAU's; or a dataset NAME[@REVISION][:SPLIT] with
+    audio in it, of the hub or in a folder"""
     audio_dir: str | None = None
     """folder the clips of --train-data are relative to; default: that of the file"""
     eval_data: str | None = None
-    """questions to evaluate on: MMAU's JSON as published, gamma-lab-umd/MMAU-test-mini (the hub's, clips included), or
-    as --train-data; default: every tenth of --train-data, which is then not trained on"""
+    """questions to evaluate on: MMAU's JSON as published, gamma-lab-umd/MMAU-test-mini (the hub's,
+    clips included), or as --train-data; default: every tenth of --train-data, which is then not
+    trained on"""
     eval_audio_dir: str | None = None
     """folder the clips of --eval-data are relative to; default: that of the file"""
     eval_max: int | None = None
@@ -182,29 +211,34 @@ class Args:
     max_audio_seconds: float = 30.0
     """longer clips are cut, and counted; the model's own window is a limit too"""
 
-    # ----------------------------------------------------------------------------------------------------- prompt
+    # --------------------------------------------------------------------------------------- prompt
     think_budget: int = 50
     """words the prompt allows for <think> (Ke-Omni-R: 50); 0 asks for a direct answer"""
     think_budgets: tuple[int, ...] | None = None
-    """--eval-only: evaluate each of these and draw accuracy against the reasoning used (CESAR: 0 25 50 ... 250)"""
+    """--eval-only: evaluate each of these and draw accuracy against the reasoning used (CESAR: 0 25
+    50 ... 250)"""
 
-    # ----------------------------------------------------------------------------------------------------- rewards
+    # -------------------------------------------------------------------------------------- rewards
     reward_weights: tuple[float, float, float, float, float] = (1.0, 1.0, 0.0, 0.0, 0.0)
     """weights of accuracy, format, consistency, keywords, overthinking; 5 1 1 1 1 is CESAR"""
 
-    # ----------------------------------------------------------------------------------------------------- rollout
+    # -------------------------------------------------------------------------------------- rollout
     prompts_per_update: int = 8
-    """questions per iteration, over all processes; a multiple of their number. Few make the update noisy"""
+    """questions per iteration, over all processes; a multiple of their number. Few make the update
+    noisy"""
     group_size: int = 8
-    """completions per question (Ke-Omni-R, CESAR: 8). Their mean reward is the baseline: below 4 it is noise"""
+    """completions per question (Ke-Omni-R, CESAR: 8). Their mean reward is the baseline: below 4 it
+    is noise"""
     max_completion_length: int = 256
-    """tokens after which a completion is cut off; also the overthinking reward's maximum (CESAR: 256)"""
+    """tokens after which a completion is cut off; also the overthinking reward's maximum (CESAR:
+    256)"""
     temperature: float = 1.0
     """of the policy, in rollouts and in training alike (Ke-Omni-R: 1)"""
     rollout_batch: int = 64
-    """completions rolled out at once, per process (at least one group); changes memory and speed, not the result"""
+    """completions rolled out at once, per process (at least one group); changes memory and speed,
+    not the result"""
 
-    # ------------------------------------------------------------------------------------------------- fine-tuning
+    # ---------------------------------------------------------------------------------- fine-tuning
     method: Literal["adrpo", "grpo"] = "adrpo"
     """grpo holds the coefficient at beta0"""
     iterations: int = 1000
@@ -212,9 +246,11 @@ class Args:
     updates_per_rollout: int = 1
     """optimiser steps on one rollout, each on all of it; above 1 the clipped ratio matters"""
     beta0: float = 0.04
-    """KL coefficient of a completion with A = 0 (the paper: 0.04). Larger: closer to the reference"""
+    """KL coefficient of a completion with A = 0 (the paper: 0.04). Larger: closer to the
+    reference"""
     adv_clip_k: float | None = 1.0
-    """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; 0.5 and 2 are its Table 3); None = no clip"""
+    """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; 0.5 and 2 are its Table 3);
+    None = no clip"""
     clip_eps: float = 0.2
     """clip the ratio to 1 +- this"""
     learning_rate: float = 5e-6
@@ -226,21 +262,22 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient norm clip"""
     train_tokens: int = 4096
-    """tokens per forward and backward pass, padding included, per process: whole groups, or part of one, each with its
-    question once; changes memory and speed, not the result"""
+    """tokens per forward and backward pass, padding included, per process: whole groups, or part of
+    one, each with its question once; changes memory and speed, not the result"""
 
-    # -------------------------------------------------------------------------------------- evaluation, checkpoints
+    # ---------------------------------------------------------------------- evaluation, checkpoints
     eval_every: int = 100
     """iterations between evaluations"""
     eval_temperature: float = 0.0
     """0 = greedy"""
     eval_batch: int = 16
-    """questions answered at once in an evaluation, per process; changes memory and speed, not the result"""
+    """questions answered at once in an evaluation, per process; changes memory and speed, not the
+    result"""
     save_every: int = 50
     """iterations between checkpoints"""
 
 
-# ---------------------------------------------------------------------------------------------- answers and rewards
+# ------------------------------------------------------------------------------ answers and rewards
 
 
 def words(text: str) -> list[str]:
@@ -254,16 +291,20 @@ def concepts(text: str) -> set[str]:
 
 
 def block(text: str, tag: str) -> str:
-    """What stands inside the last complete <tag> ... </tag>, without tags; "" where there is none. The last: a model
-    may quote the tags while it thinks. A block that is not closed has not been given."""
+    """What stands inside the last complete <tag> ... </tag>, without tags; "" where there is none.
+    The last: a model may quote the tags while it thinks. A block that is not closed has not been
+    given."""
     found = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, re.DOTALL)
     return re.sub(r"</?(think|answer)>", " ", found[-1]).strip() if found else ""
 
 
 def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
-    """MMAU's official rule: all words of the answer are in the prediction, and no word that only wrong choices have."""
+    """MMAU's official rule: all words of the answer are in the prediction, and no word that only
+    wrong choices have."""
     expected, given = set(words(answer)), set(words(prediction))
-    wrong = {word for choice in choices if choice.lower() != answer.lower() for word in words(choice)} - expected
+    wrong = {
+        word for choice in choices if choice.lower() != answer.lower() for word in words(choice)
+    } - expected
     return bool(given) and expected <= given and not given & wrong
 
 
@@ -273,10 +314,14 @@ def reward_accuracy(completion: str, row: dict) -> float:
 
 
 def reward_format(completion: str, think: bool) -> float:
-    """1 if the completion is one <think> block (none without thinking), one <answer> block, and nothing else."""
+    """1 if the completion is one <think> block (none without thinking), one <answer> block, and
+    nothing else."""
     inside = r"((?!</?(?:think|answer)>).)+"
     thinking = rf"<think>{inside}</think>\s*" if think else ""
-    return float(re.fullmatch(rf"\s*{thinking}<answer>{inside}</answer>\s*", completion, re.DOTALL) is not None)
+    return float(
+        re.fullmatch(rf"\s*{thinking}<answer>{inside}</answer>\s*", completion, re.DOTALL)
+        is not None
+    )
 
 
 def overlap(one: set[str], other: set[str]) -> float:
@@ -285,15 +330,16 @@ def overlap(one: set[str], other: set[str]) -> float:
 
 
 def reward_consistency(completion: str, row: dict) -> float:
-    """Overlap of the reasoning's concepts with the answer's, plus with the question's and choices' (CESAR): 0 to 2."""
+    """Overlap of the reasoning's concepts with the answer's, plus with the question's and choices'
+    (CESAR): 0 to 2."""
     reasoning = concepts(block(completion, "think"))
     question = concepts(" ".join([row["question"], *row["choices"]]))
     return overlap(reasoning, concepts(block(completion, "answer"))) + overlap(reasoning, question)
 
 
 def reward_keywords(completion: str) -> float:
-    """Patterns + logic + domain terms in the reasoning, each 0 to 1: different entries of its list over FULL_MARKS, at
-    most 1 (CESAR's three parts; lists and cap ours): 0 to 3."""
+    """Patterns + logic + domain terms in the reasoning, each 0 to 1: different entries of its list
+    over FULL_MARKS, at most 1 (CESAR's three parts; lists and cap ours): 0 to 3."""
     reasoning = set(words(block(completion, "think")))
     lists = (PATTERN_WORDS, LOGIC_WORDS, DOMAIN_WORDS)
     return sum(min(1.0, len(reasoning & set(entries)) / FULL_MARKS) for entries in lists)
@@ -304,7 +350,9 @@ def reward_overthinking(tokens: int, longest: int) -> float:
     return 1 - tokens / longest
 
 
-def score(completions: list[str], tokens: list[int], rows: list[dict], think: bool, longest: int) -> Tensor:
+def score(
+    completions: list[str], tokens: list[int], rows: list[dict], think: bool, longest: int
+) -> Tensor:
     """All rewards of B completions, in the order of REWARDS -> float32 [B,5] on the CPU."""
     table = [
         [
@@ -319,11 +367,12 @@ def score(completions: list[str], tokens: list[int], rows: list[dict], think: bo
     return torch.tensor(table)
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def read_questions(flag: str, spec: str) -> list[dict]:
-    """Rows {id, audio, question, choices, answer, ...} of a .jsonl or .json file in our, AVQA's or MMAU's layout.
+    """Rows {id, audio, question, choices, answer, ...} of a .jsonl or .json file in our, AVQA's or
+    MMAU's layout.
 
     Raises InputError for a file that cannot be read, and as check_questions."""
     try:
@@ -336,13 +385,15 @@ def read_questions(flag: str, spec: str) -> list[dict]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("must be a list of JSON objects")
     except (OSError, ValueError) as error:
-        raise InputError(f"--{flag} {spec}: cannot be read ({one_line(error)}); give a .json or .jsonl file") from error
+        raise InputError(
+            f"--{flag} {spec}: cannot be read ({one_line(error)}); give a .json or .jsonl file"
+        ) from error
     return check_questions(flag, spec, rows)
 
 
 def check_questions(flag: str, spec: str, rows: list[dict]) -> list[dict]:
-    """Rows in our, AVQA's or MMAU's layout in ours, in their order. Raises InputError for a row without a key, an
-    answer that is not among the choices, or an id that is there twice."""
+    """Rows in our, AVQA's or MMAU's layout in ours, in their order. Raises InputError for a row
+    without a key, an answer that is not among the choices, or an id that is there twice."""
     if not rows:
         raise InputError(f"--{flag} {spec}: empty")
     questions, seen = [], set()
@@ -350,7 +401,11 @@ def check_questions(flag: str, spec: str, rows: list[dict]) -> list[dict]:
         if "multi_choice" in row:  # AVQA's own: the answer is a position, the clip a video's sound
             try:
                 text = row["question_text"].replace("video", "audio")
-                row = row | {"question": text, "choices": row["multi_choice"], "audio": f"{row['video_name']}.wav"}
+                row = row | {
+                    "question": text,
+                    "choices": row["multi_choice"],
+                    "audio": f"{row['video_name']}.wav",
+                }
                 row["answer"] = row["choices"][row["answer"]]
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise InputError(
@@ -361,13 +416,20 @@ def check_questions(flag: str, spec: str, rows: list[dict]) -> list[dict]:
         missing = [key for key in ("audio", "question", "choices", "answer") if not row.get(key)]
         if missing:
             raise InputError(
-                f"--{flag} {spec}: row {number} has no {missing[0]}; a row is audio, question, choices, answer"
+                f"--{flag} {spec}: row {number} has no {missing[0]}; a row is audio, question, "
+                "choices, answer"
             )
         texts = (row["audio"], row["question"], *row["choices"])
         if not isinstance(row["choices"], list) or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"--{flag} {spec}: row {number}: audio, question and each of the choices must be text")
+            raise InputError(
+                f"--{flag} {spec}: row {number}: audio, question and each of the choices must be "
+                "text"
+            )
         if row["answer"] not in row["choices"]:
-            raise InputError(f"--{flag} {spec}: row {number}: the answer {row['answer']!r} is not among the choices")
+            raise InputError(
+                f"--{flag} {spec}: row {number}: the answer {row['answer']!r} is not among the "
+                "choices"
+            )
         if row["id"] in seen:
             raise InputError(f"--{flag} {spec}: the id {row['id']} is there twice")
         seen.add(row["id"])
@@ -382,17 +444,23 @@ class StoredClip(NamedTuple):
     number: int
 
 
-def read_dataset(flag: str, spec: str) -> tuple[list[dict], dict[str, StoredClip], dict[str, str | None]]:
-    """Rows of a dataset NAME[@REVISION][:SPLIT] in our or the hub's MMAU layout, their clips by id, and what identifies
-    its version. Raises InputError for one that cannot be loaded or has no audio, and as check_questions."""
+def read_dataset(
+    flag: str, spec: str
+) -> tuple[list[dict], dict[str, StoredClip], dict[str, str | None]]:
+    """Rows of a dataset NAME[@REVISION][:SPLIT] in our or the hub's MMAU layout, their clips by id,
+    and what identifies its version. Raises InputError for one that cannot be loaded or has no
+    audio, and as check_questions."""
     import datasets  # here, because it is slow to import and files do not need it
 
-    name, _, split = (spec, "", "") if Path(spec).exists() or ":" not in spec else spec.rpartition(":")
+    name, _, split = (
+        (spec, "", "") if Path(spec).exists() or ":" not in spec else spec.rpartition(":")
+    )
     repository, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
     try:
         parts = datasets.load_dataset(repository, revision=revision or None)
     except Exception as error:
-        reason = one_line(error.__cause__ or error)  # the outer one may only say that there was an error
+        # The outer one may only say that there was an error.
+        reason = one_line(error.__cause__ or error)
         remedy = "give a .json or .jsonl file, a hub dataset, or a folder of parquet files"
         raise InputError(f"--{flag} {spec}: cannot be loaded ({reason}); {remedy}") from error
     usual = [part for part in parts if len(parts) == 1 or (flag == "eval-data" and "test" in part)]
@@ -401,17 +469,26 @@ def read_dataset(flag: str, spec: str) -> tuple[list[dict], dict[str, StoredClip
         raise InputError(f"--{flag} {spec}: {reason}; name one, {name}:SPLIT ({', '.join(parts)})")
     split = split or usual[0]
     table = parts[split]
-    sounds = [column for column, feature in table.features.items() if isinstance(feature, datasets.Audio)]
+    sounds = [
+        column for column, feature in table.features.items() if isinstance(feature, datasets.Audio)
+    ]
     if not sounds:
         reason = f"no column of its split {split} is audio ({', '.join(table.column_names)})"
-        raise InputError(f"--{flag} {spec}: {reason}; give one with the clips in it, or a .json file beside them")
-    cells = table.select_columns(sounds[:1]).cast_column(sounds[0], datasets.Audio(decode=False)).flatten()
+        raise InputError(
+            f"--{flag} {spec}: {reason}; give one with the clips in it, or a .json file beside them"
+        )
+    cells = (
+        table.select_columns(sounds[:1])
+        .cast_column(sounds[0], datasets.Audio(decode=False))
+        .flatten()
+    )
     cells = cells.rename_columns({f"{sounds[0]}.{part}": part for part in ("bytes", "path")})
     rows = []
     try:
         for row, path in zip(table.remove_columns(sounds), cells["path"], strict=True):
-            # The hub's MMAU has `instruction`, all but the answer in one text, and letters before the choices. The
-            # published JSON has none, and MMAU's rule would count the A of "(A) Man" as a word of the answer.
+            # The hub's MMAU has `instruction`, all but the answer in one text, and letters before
+            # the choices. The published JSON has none, and MMAU's rule would count the A of
+            # "(A) Man" as a word of the answer.
             extra = row.pop("other_attributes", None) or {}
             extra = json.loads(extra) if isinstance(extra, str) else extra
             row = {"question": row.get("instruction")} | extra | row
@@ -424,9 +501,13 @@ def read_dataset(flag: str, spec: str) -> tuple[list[dict], dict[str, StoredClip
             row["audio"] = path or f"{Path(repository).name}:{split}:{len(rows)}"
             rows.append(json.loads(json.dumps(row, default=str)))  # predictions are written as JSON
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"--{flag} {spec}: row {len(rows)} cannot be read ({one_line(error)})") from error
+        raise InputError(
+            f"--{flag} {spec}: row {len(rows)} cannot be read ({one_line(error)})"
+        ) from error
     rows = check_questions(flag, spec, rows)
-    commit = re.search(r"/([0-9a-f]{40})/", " ".join(file["filename"] for file in table.cache_files))
+    commit = re.search(
+        r"/([0-9a-f]{40})/", " ".join(file["filename"] for file in table.cache_files)
+    )
     version = {"split": split, "fingerprint": table._fingerprint, "revision": commit and commit[1]}
     return rows, {row["id"]: StoredClip(cells, number) for number, row in enumerate(rows)}, version
 
@@ -458,7 +539,9 @@ def clip_problem(clip: Path | StoredClip) -> str | None:
 def load_audio(clip: Path | StoredClip, seconds: float) -> np.ndarray:
     """The first `seconds` of a clip: mono, 16 kHz, float32 [N]."""
     with soundfile.SoundFile(opened(clip)) as file:
-        wave = file.read(int(seconds * file.samplerate) + 1, dtype="float32", always_2d=True).mean(axis=1)
+        wave = file.read(int(seconds * file.samplerate) + 1, dtype="float32", always_2d=True).mean(
+            axis=1
+        )
         if file.samplerate != SAMPLE_RATE:
             wave = soxr.resample(wave, file.samplerate, SAMPLE_RATE)
     return wave[: int(seconds * SAMPLE_RATE)]
@@ -474,8 +557,8 @@ class Question(NamedTuple):
 def find_clips(
     flag: str, spec: str, folder: str | None, rows: list[dict], stored: dict[str, StoredClip]
 ) -> tuple[list[Question], dict[str, str]]:
-    """The questions whose clips can be used, and why the others' cannot, by file, or by id where the clips are stored
-    in a dataset. Raises InputError if none can."""
+    """The questions whose clips can be used, and why the others' cannot, by file, or by id where
+    the clips are stored in a dataset. Raises InputError if none can."""
     root = Path(folder) if folder else Path(spec).parent
     problems, questions = {}, []
     for row in rows:
@@ -484,7 +567,8 @@ def find_clips(
             problem = clip_problem(clip)
         else:
             clip = next(
-                (p for p in (root / row["audio"], root / Path(row["audio"]).name) if p.is_file()), root / row["audio"]
+                (p for p in (root / row["audio"], root / Path(row["audio"]).name) if p.is_file()),
+                root / row["audio"],
             )
             name, problem = str(clip), clip_problem(clip) if clip.is_file() else "not found"
         if problem:
@@ -493,15 +577,23 @@ def find_clips(
             questions.append(Question(row, clip))
     if not questions:
         name, problem = next(iter(problems.items()))
-        raise InputError(f"--{flag} {spec}: none of its {len(problems)} clips can be used ({name}: {problem})")
+        raise InputError(
+            f"--{flag} {spec}: none of its {len(problems)} clips can be used ({name}: {problem})"
+        )
     return questions, problems
 
 
-def load_questions(args: Args) -> tuple[list[Question], list[Question], list[dict], dict[str, str], dict, str]:
-    """Training and evaluation questions, all evaluation rows (with those whose clips cannot be used), the clips that
-    were skipped and why, what identifies the version of --eval-data (MMAU has several), and a sentence on all that.
-    Raises InputError, also for training on an evaluation split."""
-    sources = {"train-data": (args.train_data, args.audio_dir), "eval-data": (args.eval_data, args.eval_audio_dir)}
+def load_questions(
+    args: Args,
+) -> tuple[list[Question], list[Question], list[dict], dict[str, str], dict, str]:
+    """Training and evaluation questions, all evaluation rows (with those whose clips cannot be
+    used), the clips that were skipped and why, what identifies the version of --eval-data (MMAU has
+    several), and a sentence on all that. Raises InputError, also for training on an evaluation
+    split."""
+    sources = {
+        "train-data": (args.train_data, args.audio_dir),
+        "eval-data": (args.eval_data, args.eval_audio_dir),
+    }
     rows, stored, version = {}, {}, {}
     for flag, (spec, _) in sources.items():
         rows[flag], stored[flag], version[flag] = [], {}, {}
@@ -513,10 +605,18 @@ def load_questions(args: Args) -> tuple[list[Question], list[Question], list[dic
     if not args.eval_only and not args.train_on_eval:
         tests = sum("test" in str(row.get("split", "")) for row in rows["train-data"])
         asked = {(Path(row["audio"]).name, row["question"]) for row in rows["eval-data"]}
-        common = sum((Path(row["audio"]).name, row["question"]) in asked for row in rows["train-data"])
+        common = sum(
+            (Path(row["audio"]).name, row["question"]) in asked for row in rows["train-data"]
+        )
         if tests or common:
-            what = f"{tests} rows of a test split" if tests else f"{common} questions that are in --eval-data too"
-            raise InputError(f"--train-data {args.train_data}: has {what}; if that is meant, add --train-on-eval")
+            what = (
+                f"{tests} rows of a test split"
+                if tests
+                else f"{common} questions that are in --eval-data too"
+            )
+            raise InputError(
+                f"--train-data {args.train_data}: has {what}; if that is meant, add --train-on-eval"
+            )
     if not args.eval_data:
         rows["eval-data"] = rows["train-data"][::10]
         rows["train-data"] = [row for i, row in enumerate(rows["train-data"]) if i % 10]
@@ -524,15 +624,23 @@ def load_questions(args: Args) -> tuple[list[Question], list[Question], list[dic
     rows["eval-data"] = rows["eval-data"][: args.eval_max]
     unknown = [row["task"] for row in rows["eval-data"] if row.get("task", TASKS[0]) not in TASKS]
     if unknown:
-        source = f"--eval-data {args.eval_data}" if args.eval_data else f"--train-data {args.train_data}"
+        source = (
+            f"--eval-data {args.eval_data}" if args.eval_data else f"--train-data {args.train_data}"
+        )
         raise InputError(f"{source}: the task {unknown[0]!r} is none of {', '.join(TASKS)}")
     found, skipped = {}, {}
     for flag, (spec, folder) in sources.items():
-        found[flag], problems = find_clips(flag, spec, folder, rows[flag], stored[flag]) if rows[flag] else ([], {})
+        found[flag], problems = (
+            find_clips(flag, spec, folder, rows[flag], stored[flag]) if rows[flag] else ([], {})
+        )
         skipped |= problems
     if not args.eval_only and not found["train-data"]:
-        raise InputError(f"--train-data {args.train_data}: one question cannot be split; give --eval-data")
-    note = f"{len(found['train-data'])} training questions, {len(found['eval-data'])} for evaluation"
+        raise InputError(
+            f"--train-data {args.train_data}: one question cannot be split; give --eval-data"
+        )
+    note = (
+        f"{len(found['train-data'])} training questions, {len(found['eval-data'])} for evaluation"
+    )
     note += "" if args.eval_data else " (every tenth)"
     note += f"; {len(skipped)} clips cannot be used: skipped.json" if skipped else ""
     version = {f"eval_data_{name}": value for name, value in version["eval-data"].items()}
@@ -540,7 +648,8 @@ def load_questions(args: Args) -> tuple[list[Question], list[Question], list[dic
 
 
 def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget: int) -> str:
-    """The text of a question for the model, with one place for the clip; the same in training and evaluation."""
+    """The text of a question for the model, with one place for the clip; the same in training and
+    evaluation."""
     text = f"{row['question']} Choose one of the following options: {', '.join(row['choices'])}.\n"
     if think_budget:
         text += f"Think first, in fewer than {think_budget} words, inside <think> </think>. "
@@ -551,7 +660,8 @@ def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget
 
 
 def draw_prompts(count: int, per_update: int, iteration: int, seed: int) -> list[int]:
-    """Rows of the `per_update` prompts of an iteration: one pass after the other over all `count`, shuffled anew."""
+    """Rows of the `per_update` prompts of an iteration: one pass after the other over all `count`,
+    shuffled anew."""
     rows = []
     for position in range(iteration * per_update, (iteration + 1) * per_update):
         shuffled = np.random.default_rng([seed, position // count]).permutation(count)
@@ -559,13 +669,13 @@ def draw_prompts(count: int, per_update: int, iteration: int, seed: int) -> list
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ shared-prompt rows
+# ------------------------------------------------------------------------------- shared-prompt rows
 
 
 @dataclasses.dataclass
 class SharedPrompt:
-    """What attention must know of rows [prompt | completion 1 | ... | completion G], each part right-padded.
-    transformers hands it through to every layer."""
+    """What attention must know of rows [prompt | completion 1 | ... | completion G], each part
+    right-padded. transformers hands it through to every layer."""
 
     prompt_length: int
     """P, tokens of the longest prompt of the batch"""
@@ -574,9 +684,11 @@ class SharedPrompt:
     padding: Tensor | None
     """[B,P], True where a prompt is padding; None where there is none"""
     mask: Tensor | None = None
-    """training: [B*G or 1, 1, C, P+C], True where a completion's token (C) sees its prompt and itself (P+C)"""
+    """training: [B*G or 1, 1, C, P+C], True where a completion's token (C) sees its prompt and
+    itself (P+C)"""
     cache: dict[int, list[Tensor]] | None = None
-    """rollout: by layer, keys and values of the prompts [B,k,P,d] and of the completions [B,k,G,T,d]"""
+    """rollout: by layer, keys and values of the prompts [B,k,P,d] and of the completions
+    [B,k,G,T,d]"""
     room: int = 0
     """rollout: T, most tokens of a completion"""
     steps: int = 0
@@ -587,17 +699,26 @@ class SharedPrompt:
         self.group, groups_of = slots.shape[1], groups[:, None]
         self.padding = None if self.padding is None else self.padding[groups]
         for layer, (keys, values, own_keys, own_values) in self.cache.items():
-            own = [t.transpose(1, 2)[groups_of, slots].transpose(1, 2).contiguous() for t in (own_keys, own_values)]
+            own = [
+                t.transpose(1, 2)[groups_of, slots].transpose(1, 2).contiguous()
+                for t in (own_keys, own_values)
+            ]
             self.cache[layer] = [keys[groups], values[groups], *own]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention of query [B,h,S,d] on key, value [B,k,S',d] (h a multiple of k) -> [B,h,S,d]; no mask: causal."""
-    if query.is_cuda and mask is not None:  # there torch's fast kernels take a mask, or grouped heads, but not both
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention of query [B,h,S,d] on key, value [B,k,S',d] (h a multiple of k) -> [B,h,S,d]; no
+    mask: causal."""
+    # There torch's fast kernels take a mask, or grouped heads, but not both.
+    if query.is_cuda and mask is not None:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     options = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, **options)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, **options
+    )
 
 
 def shared_prompt_attention(
@@ -610,10 +731,12 @@ def shared_prompt_attention(
     scaling: float | None = None,
     **options,
 ) -> tuple[Tensor, None]:
-    """Attention inside shared-prompt rows, called by transformers: query [B,h,S,d], key, value [B,k,S,d] -> [B,S,h,d].
+    """Attention inside shared-prompt rows, called by transformers: query [B,h,S,d], key, value
+    [B,k,S,d] -> [B,S,h,d].
 
-    Equal to attention on G separate sequences prompt + completion, without computing the prompt G times (ours). The
-    rows are a rollout's prompts (S = P), a rollout's newest tokens (S = G), or all of it, in training (S = P + G C)."""
+    Equal to attention on G separate sequences prompt + completion, without computing the prompt G
+    times (ours). The rows are a rollout's prompts (S = P), a rollout's newest tokens (S = G), or
+    all of it, in training (S = P + G C)."""
     length, group = shared.prompt_length, shared.group
     if shared.cache is not None and shared.steps == 0:
         room = (*key.shape[:2], group, shared.room, key.shape[3])
@@ -622,7 +745,8 @@ def shared_prompt_attention(
         return attend(query, key, value, None, scaling).transpose(1, 2), None
 
     if shared.cache is not None:
-        # One new token for each completion. The group's queries read the prompt's keys together, each reads its own.
+        # One new token for each completion. The group's queries read the prompt's keys together,
+        # each reads its own.
         prompt_key, prompt_value, own_key, own_value = shared.cache[module.layer_idx]
         steps, (rows, heads, _, size) = shared.steps, query.shape
         own_key[:, :, :, steps - 1], own_value[:, :, :, steps - 1] = key, value
@@ -669,8 +793,9 @@ def padding_of(lengths: Tensor, longest: int) -> Tensor | None:
 
 
 def pack(prompts: list[Tensor], completions: Tensor) -> tuple[Tensor, Tensor, Tensor, SharedPrompt]:
-    """Shared-prompt rows of the training pass: prompts of B rows as embeddings, completions [B,G,C] (right-padded) ->
-    prompts [B,P,D], positions [B,P+G*C], the places [B,G*C] whose outputs predict the completions' tokens, layout."""
+    """Shared-prompt rows of the training pass: prompts of B rows as embeddings, completions [B,G,C]
+    (right-padded) -> prompts [B,P,D], positions [B,P+G*C], the places [B,G*C] whose outputs predict
+    the completions' tokens, layout."""
     (rows, group, size), device = completions.shape, completions.device
     embeds, lengths = pad(prompts, device)
     longest = embeds.shape[1]
@@ -678,7 +803,8 @@ def pack(prompts: list[Tensor], completions: Tensor) -> tuple[Tensor, Tensor, Te
     after = (lengths[:, None] + token).repeat(1, group)  # positions of the completions
     positions = torch.cat([torch.arange(longest, device=device).expand(rows, -1), after], dim=1)
     places = (longest + torch.arange(group * size, device=device) - 1).repeat(rows, 1)
-    places[:, ::size] = lengths[:, None] - 1  # the first token of each is predicted by the prompt's last
+    # The first token of each is predicted by the prompt's last.
+    places[:, ::size] = lengths[:, None] - 1
     padding = padding_of(lengths, longest)
     own = (token[:, None] >= token).expand(1 if padding is None else rows, size, size)
     seen = torch.ones(1, longest, dtype=torch.bool, device=device) if padding is None else ~padding
@@ -691,7 +817,8 @@ def pack(prompts: list[Tensor], completions: Tensor) -> tuple[Tensor, Tensor, Te
 def token_log_probabilities(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """log pi(target) and the entropy of pi in nats (without gradient): hidden [N,D], targets [N] -> two float32 [N]."""
+    """log pi(target) and the entropy of pi in nats (without gradient): hidden [N,D], targets [N] ->
+    two float32 [N]."""
     logits = head(hidden).float() / temperature
     normaliser = logits.logsumexp(-1)
     with torch.no_grad():
@@ -700,14 +827,17 @@ def token_log_probabilities(
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The decoder of Qwen2-Audio or of Qwen2.5-Omni's thinker, without head and PEFT's wrapping (the LoRA stays in)."""
-    return (model.get_base_model() if isinstance(model, peft.PeftModel) else model).model.language_model
+    """The decoder of Qwen2-Audio or of Qwen2.5-Omni's thinker, without head and PEFT's wrapping
+    (the LoRA stays in)."""
+    return (
+        model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    ).model.language_model
 
 
 class Policy(nn.Module):
-    """The language model reading shared-prompt rows. All its work passes through `forward`, which accelerate wraps
-    (autocast, DDP, FSDP). Tokens that stand for audio, images and video are not in its distribution: nothing could be
-    put in their places."""
+    """The language model reading shared-prompt rows. All its work passes through `forward`, which
+    accelerate wraps (autocast, DDP, FSDP). Tokens that stand for audio, images and video are not in
+    its distribution: nothing could be put in their places."""
 
     def __init__(self, model: nn.Module, banned: list[int]):
         super().__init__()
@@ -725,9 +855,10 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         audio_inputs: dict[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rows of prompts [B,P,D] (or none) and tokens [B,S-P], positions [B,S], places [B,N] -> the logits at these
-        places, float32 [B,N,V]; with targets [B,N] their log-probabilities and entropies, two float32 [B,N]. Of the
-        processor's audio_inputs alone: what the language model reads, [B,L,D]."""
+        """Rows of prompts [B,P,D] (or none) and tokens [B,S-P], positions [B,S], places [B,N] ->
+        the logits at these places, float32 [B,N,V]; with targets [B,N] their log-probabilities and
+        entropies, two float32 [B,N]. Of the processor's audio_inputs alone: what the language model
+        reads, [B,L,D]."""
         if audio_inputs is not None:
             return self.embed(audio_inputs)
         decoder = language_model(self.model)
@@ -746,16 +877,20 @@ class Policy(nn.Module):
         else:  # only one piece's logits are alive at a time; the backward pass computes them again
             pieces = zip(hidden.split(size), flat.split(size), strict=True)
             parts = [
-                recompute(token_log_probabilities, self.head, *p, temperature, use_reentrant=False) for p in pieces
+                recompute(token_log_probabilities, self.head, *p, temperature, use_reentrant=False)
+                for p in pieces
             ]
         return tuple(torch.cat(part).view_as(targets) for part in zip(*parts, strict=True))
 
     def embed(self, audio_inputs: dict[str, Tensor]) -> Tensor:
-        """What stock transformers feeds the language model for the processor's output, [B,L,D]: the identity stands in
-        for the language model. (An exception would leave FSDP half-way, with weights gathered.)"""
+        """What stock transformers feeds the language model for the processor's output, [B,L,D]: the
+        identity stands in for the language model. (An exception would leave FSDP half-way, with
+        weights gathered.)"""
         base = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
         decoder = language_model(self.model)
-        decoder.forward = lambda inputs_embeds, **_: BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        decoder.forward = lambda inputs_embeds, **_: BaseModelOutputWithPast(
+            last_hidden_state=inputs_embeds
+        )
         try:
             return base.model(**audio_inputs).last_hidden_state
         finally:
@@ -770,19 +905,20 @@ class Policy(nn.Module):
 def completion_log_probabilities(
     policy: nn.Module, prompts: list[Tensor], completions: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (nats) of completions [B,G,C], two float32 [B,G,C], one row for each prompt."""
+    """Log-probabilities and entropies (nats) of completions [B,G,C], two float32 [B,G,C], one row
+    for each prompt."""
     embeds, positions, places, shared = pack(prompts, completions)
     ids = completions.flatten(1)
     logp, entropy = policy(embeds, ids, positions, shared, places, ids, temperature)
     return logp.view(completions.shape), entropy.view(completions.shape)
 
 
-# ----------------------------------------------------------------------------------------------- model and reference
+# ------------------------------------------------------------------------------ model and reference
 
 
 def load_model(args: Args, dtype: torch.dtype) -> tuple[nn.Module, transformers.ProcessorMixin]:
-    """Qwen2-Audio or Qwen2.5-Omni's thinker and its processor, its language model reading shared-prompt rows; trained
-    weights in float32, the others in `dtype`. Raises InputError."""
+    """Qwen2-Audio or Qwen2.5-Omni's thinker and its processor, its language model reading
+    shared-prompt rows; trained weights in float32, the others in `dtype`. Raises InputError."""
     kinds = {
         "qwen2_audio": Qwen2AudioForConditionalGeneration,
         "qwen2_5_omni": Qwen2_5OmniThinkerForConditionalGeneration,
@@ -791,26 +927,39 @@ def load_model(args: Args, dtype: torch.dtype) -> tuple[nn.Module, transformers.
     try:
         kind = AutoConfig.from_pretrained(args.model_id).model_type
         if kind not in kinds:
-            raise InputError(f"--model-id {args.model_id}: is a {kind}; must be Qwen2.5-Omni or Qwen2-Audio")
+            raise InputError(
+                f"--model-id {args.model_id}: is a {kind}; must be Qwen2.5-Omni or Qwen2-Audio"
+            )
         model = kinds[kind].from_pretrained(args.model_id, dtype=dtype)
         processor = AutoProcessor.from_pretrained(args.model_id)
     except InputError:
         raise
     except Exception as error:
-        remedy = "give a folder with model and processor, or log in with `hf auth login` if it is gated"
-        raise InputError(f"--model-id {args.model_id}: cannot be loaded ({one_line(error)}); {remedy}") from error
+        remedy = (
+            "give a folder with model and processor, or log in with `hf auth login` if it is gated"
+        )
+        raise InputError(
+            f"--model-id {args.model_id}: cannot be loaded ({one_line(error)}); {remedy}"
+        ) from error
     if args.adapter:
         try:
             model = peft.PeftModel.from_pretrained(model, args.adapter)
         except Exception as error:
-            raise InputError(f"--adapter {args.adapter}: cannot be loaded ({one_line(error)})") from error
+            raise InputError(
+                f"--adapter {args.adapter}: cannot be loaded ({one_line(error)})"
+            ) from error
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # rollout, old policy and reference must be the same function
     if not args.eval_only and args.lora_rank:
-        targets = r".*language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets))
+        targets = (
+            r".*language_model\.layers\.\d+\..*\."
+            r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        )
+        model = get_peft_model(
+            model, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets)
+        )
     elif not args.eval_only:
         parts = [language_model(model).layers, language_model(model).norm]
         if model.get_output_embeddings().weight is not language_model(model).embed_tokens.weight:
@@ -818,63 +967,86 @@ def load_model(args: Args, dtype: torch.dtype) -> tuple[nn.Module, transformers.
         for part in parts:
             part.float().requires_grad_(True)
     if args.gradient_checkpointing:
-        language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        language_model(model).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         model.enable_input_require_grads()  # else a LoRA behind frozen embeddings gets no gradient
     language_model(model).set_attn_implementation("shared_prompt")
     model.train()
-    (model.get_base_model() if isinstance(model, peft.PeftModel) else model).model.audio_tower.eval()
+    (
+        model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    ).model.audio_tower.eval()
     return model, processor  # checkpointing works in training mode only; there is no dropout left
 
 
 @torch.no_grad()
 def embed_question(
-    policy: nn.Module, processor: transformers.ProcessorMixin, text: str, wave: np.ndarray, device: torch.device
+    policy: nn.Module,
+    processor: transformers.ProcessorMixin,
+    text: str,
+    wave: np.ndarray,
+    device: torch.device,
 ) -> Tensor:
-    """What stock transformers feeds the language model for a question and its clip: embeddings [L,D], the audio tower's
-    output in the places of the audio tokens. Raises InputError where the processor makes nothing of the clip."""
+    """What stock transformers feeds the language model for a question and its clip: embeddings
+    [L,D], the audio tower's output in the places of the audio tokens. Raises InputError where the
+    processor makes nothing of the clip."""
     options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
     if isinstance(processor, Qwen2_5OmniProcessor):
-        # It would compute the spectrogram of 300 s of padding too, for nothing: the model drops it. With some silence
-        # behind the clip the rest is the same to the bit.
+        # It would compute the spectrogram of 300 s of padding too, for nothing: the model drops it.
+        # With some silence behind the clip the rest is the same to the bit.
         extractor = processor.feature_extractor
         room = ((len(wave) + extractor.n_fft) // extractor.hop_length + 1) * extractor.hop_length
         options["audio_kwargs"] = {"max_length": min(room, extractor.n_samples)}
     try:
-        with torch.autocast("cpu", enabled=False):  # the spectrogram is float32 whatever the model is
+        # The spectrogram is float32 whatever the model is.
+        with torch.autocast("cpu", enabled=False):
             inputs = processor(text=text, audio=[wave], **options).to(device)
     except ValueError as error:
-        raise InputError(f"--model-id: its processor returns no audio features ({one_line(error)})") from error
+        raise InputError(
+            f"--model-id: its processor returns no audio features ({one_line(error)})"
+        ) from error
     token = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
     if "input_features" not in inputs or not (inputs["input_ids"] == token).any():
-        raise InputError("--model-id: its processor returns no audio features; the model would hear nothing")
+        raise InputError(
+            "--model-id: its processor returns no audio features; the model would hear nothing"
+        )
     return policy(audio_inputs=dict(inputs))[0]
 
 
 @contextlib.contextmanager
 def reference_policy(policy: Policy, frozen: nn.Module | None) -> Iterator[nn.Module]:
-    """The reference: the same network with its LoRA switched off, or the frozen copy when all weights are trained."""
-    with contextlib.nullcontext() if frozen is not None else policy.model.disable_adapter(), torch.no_grad():
+    """The reference: the same network with its LoRA switched off, or the frozen copy when all
+    weights are trained."""
+    with (
+        contextlib.nullcontext() if frozen is not None else policy.model.disable_adapter(),
+        torch.no_grad(),
+    ):
         yield policy if frozen is None else frozen
 
 
-def special_tokens(model: nn.Module, processor: transformers.ProcessorMixin) -> tuple[list[int], list[int]]:
-    """Ids that end a completion (generation config's and tokenizer's), and ids that stand for audio, images, video."""
+def special_tokens(
+    model: nn.Module, processor: transformers.ProcessorMixin
+) -> tuple[list[int], list[int]]:
+    """Ids that end a completion (generation config's and tokenizer's), and ids that stand for
+    audio, images, video."""
     tokenizer, ends = processor.tokenizer, getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     stop = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
     names = ("audio", "image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
     tokens = [getattr(processor, f"{name}_token", None) for name in names]
-    ids = {tokenizer.convert_tokens_to_ids(token) for token in tokens if token in tokenizer.get_vocab()}
+    ids = {
+        tokenizer.convert_tokens_to_ids(token) for token in tokens if token in tokenizer.get_vocab()
+    }
     return stop, sorted(ids - set(stop))
 
 
-# ----------------------------------------------------------------------------------------------------------- rollout
+# ------------------------------------------------------------------------------------------ rollout
 
 
 def choose_tokens(probabilities: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
-    """One token for each distribution, by its inverse cumulative function at a given uniform number: probabilities
-    [..., V], uniforms [...] -> [...]. Given numbers, not a generator's state: the result does not depend on how the
-    batch is cut, or on the number of processes."""
+    """One token for each distribution, by its inverse cumulative function at a given uniform
+    number: probabilities [..., V], uniforms [...] -> [...]. Given numbers, not a generator's state:
+    the result does not depend on how the batch is cut, or on the number of processes."""
     order = None
     if top_p < 1 or top_k > 0:  # first top-k, then top-p of what is left, as transformers does
         probabilities, order = probabilities.sort(-1, descending=True)
@@ -900,14 +1072,22 @@ def rollout(
     top_k: int = 0,
     everyone_done: Callable[[bool], bool] = bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """G completions for each of B prompts, from uniforms [B,G,T] (T: most tokens): ids [B,G,C], mask [B,G,C] (1 up to
-    and with the stop token) and log-probabilities [B,G,C], at this temperature, before top-p and top-k.
+    """G completions for each of B prompts, from uniforms [B,G,T] (T: most tokens): ids [B,G,C],
+    mask [B,G,C] (1 up to and with the stop token) and log-probabilities [B,G,C], at this
+    temperature, before top-p and top-k.
 
-    The prompts are read once. Finished completions leave the batch, when there are enough of them to pay for moving the
-    others. `everyone_done` makes processes that must stay in step go on until the last is done."""
-    (rows, group, longest), device, stop = uniforms.shape, uniforms.device, torch.tensor(stop, device=uniforms.device)
+    The prompts are read once. Finished completions leave the batch, when there are enough of them
+    to pay for moving the others. `everyone_done` makes processes that must stay in step go on until
+    the last is done."""
+    (rows, group, longest), device, stop = (
+        uniforms.shape,
+        uniforms.device,
+        torch.tensor(stop, device=uniforms.device),
+    )
     embeds, lengths = pad(prompts, device)
-    shared = SharedPrompt(embeds.shape[1], group, padding_of(lengths, embeds.shape[1]), cache={}, room=longest)
+    shared = SharedPrompt(
+        embeds.shape[1], group, padding_of(lengths, embeds.shape[1]), cache={}, room=longest
+    )
     positions = torch.arange(embeds.shape[1], device=device).expand(rows, -1)
     nothing = torch.zeros(rows, 0, dtype=torch.long, device=device)
     logits = policy(embeds, nothing, positions, shared, lengths[:, None] - 1).expand(-1, group, -1)
@@ -915,7 +1095,8 @@ def rollout(
     logp = torch.zeros(rows, group, longest, device=device)
     length = torch.full((rows, group), longest, device=device)
     done = torch.zeros(rows, group, dtype=torch.bool, device=device)
-    groups = torch.arange(rows, device=device)  # which rows and completions are in the batch: [B'], [B',G']
+    # Which rows and completions are in the batch: [B'], [B',G'].
+    groups = torch.arange(rows, device=device)
     slots = torch.arange(group, device=device).expand(rows, -1)
     for step in range(longest):
         at = groups[:, None], slots
@@ -937,18 +1118,29 @@ def rollout(
         if left and int(still.sum()) * left <= 0.75 * slots.numel():
             kept = done[at].long().argsort(dim=1, stable=True)[still, :left]  # unfinished first
             shared.select(still.nonzero().flatten(), kept)
-            token, groups, slots = token[still].gather(1, kept), groups[still], slots[still].gather(1, kept)
+            token, groups, slots = (
+                token[still].gather(1, kept),
+                groups[still],
+                slots[still].gather(1, kept),
+            )
         shared.steps = step + 1
         positions = (lengths[groups] + step)[:, None].expand_as(slots)
-        logits = policy(None, token, positions, shared, torch.arange(slots.shape[1], device=device).expand_as(slots))
+        logits = policy(
+            None,
+            token,
+            positions,
+            shared,
+            torch.arange(slots.shape[1], device=device).expand_as(slots),
+        )
     size = int(length.max())
     mask = torch.arange(size, device=device) < length[..., None]
     return tokens[..., :size], mask, logp[..., :size]
 
 
 def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (a plug-in may draw from one) and return a CPU generator, all from `numbers`. Each
-    iteration has a stream of its own, the same in every process, so a resumed run needs no stored random state."""
+    """Seed every global random state (a plug-in may draw from one) and return a CPU generator, all
+    from `numbers`. Each iteration has a stream of its own, the same in every process, so a resumed
+    run needs no stored random state."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -956,26 +1148,28 @@ def seed_everything(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# -------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def group_advantage(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO): rewards [P,G] -> [P,G], detached."""
+    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO): rewards [P,G] -> [P,G],
+    detached."""
     mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
     return ((rewards - mean) / (std + eps)).detach()
 
 
 def adaptive_beta(advantage: Tensor, beta0: float, clip_k: float | None = 1.0) -> Tensor:
-    """ADRPO's KL coefficient beta0 - clip(A, +-k beta0) (eq. 7): advantage [B] -> [B], detached; clip_k None: no clip.
-    With k <= 1 it is never negative."""
+    """ADRPO's KL coefficient beta0 - clip(A, +-k beta0) (eq. 7): advantage [B] -> [B], detached;
+    clip_k None: no clip. With k <= 1 it is never negative."""
     if clip_k is not None:
         advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
     return (beta0 - advantage).detach()
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(pi || ref) of each token, estimated at the sampled one: exp(d) - d - 1 with d = ref_logp - logp (k3 of
-    Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. d is limited to 20 in the exponential: it would overflow."""
+    """KL(pi || ref) of each token, estimated at the sampled one: exp(d) - d - 1 with
+    d = ref_logp - logp (k3 of Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. d is limited
+    to 20 in the exponential: it would overflow."""
     difference = ref_logp - logp
     return difference.clamp(max=20).exp() - difference - 1
 
@@ -989,8 +1183,9 @@ def grpo_loss(
     mask: Tensor,
     clip_eps: float,
 ) -> Tensor:
-    """Mean over completions of the mean over their tokens of -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL
-    (GRPO, eq. 3; ADRPO, eq. 7). logp, old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
+    """Mean over completions of the mean over their tokens of
+    -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL (GRPO, eq. 3; ADRPO, eq. 7). logp,
+    old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
     ratio = (logp - old_logp).clamp(-20, 20).exp()
     advantage, coefficient = advantage[:, None], coefficient[:, None]
     policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
@@ -998,30 +1193,40 @@ def grpo_loss(
     return ((per_token * mask).sum(1) / mask.sum(1)).mean()
 
 
-def micro_batches(rows: int, group: int, prompt: int, completion: int, budget: int) -> list[tuple[slice, slice]]:
-    """Cuts of `rows` groups into passes of at most `budget` tokens (at least one completion): (rows, completions) of
-    each. prompt, completion: tokens of the longest. Whole groups where they fit, else one prompt with some of its
-    completions."""
+def micro_batches(
+    rows: int, group: int, prompt: int, completion: int, budget: int
+) -> list[tuple[slice, slice]]:
+    """Cuts of `rows` groups into passes of at most `budget` tokens (at least one completion):
+    (rows, completions) of each. prompt, completion: tokens of the longest. Whole groups where they
+    fit, else one prompt with some of its completions."""
     together = budget // (prompt + group * completion)
     if together:
         return [(slice(i, i + together), slice(0, group)) for i in range(0, rows, together)]
     part = max(1, (budget - prompt) // completion)
-    return [(slice(i, i + 1), slice(j, j + part)) for i in range(rows) for j in range(0, group, part)]
+    return [
+        (slice(i, i + 1), slice(j, j + part)) for i in range(rows) for j in range(0, group, part)
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluate
+# ----------------------------------------------------------------------------------------- evaluate
 
 
 def my_share(count: int, rank: int, processes: int) -> list[int]:
-    """Positions 0..count-1 that this process works on; all processes get equally many, the last ones some again, so
-    that the gathered parts, cut to `count`, are in order."""
+    """Positions 0..count-1 that this process works on; all processes get equally many, the last
+    ones some again, so that the gathered parts, cut to `count`, are in order."""
     size = math.ceil(count / processes)
     return [position % count for position in range(rank * size, (rank + 1) * size)]
 
 
-def flatten(tokens: Tensor, mask: Tensor, decode: Callable) -> tuple[list[str], list[int], list[list[int]]]:
-    """Completions [B,G,C] one after the other: texts, lengths in tokens, token ids, each B*G long."""
-    ids = [one[kept].tolist() for one, kept in zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)]
+def flatten(
+    tokens: Tensor, mask: Tensor, decode: Callable
+) -> tuple[list[str], list[int], list[list[int]]]:
+    """Completions [B,G,C] one after the other: texts, lengths in tokens, token ids, each B*G
+    long."""
+    ids = [
+        one[kept].tolist()
+        for one, kept in zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)
+    ]
     return [decode(one) for one in ids], [len(one) for one in ids], ids
 
 
@@ -1030,23 +1235,35 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     if not count:
         return math.nan, math.nan
     share, spread = right / count, z**2 / count
-    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    middle, half = (
+        share + spread / 2,
+        z * math.sqrt(share * (1 - share) / count + spread / (4 * count)),
+    )
     return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
 
 
 def mmau_scores(rows: list[dict], predictions: dict[str, str]) -> dict[str, dict[str, dict]]:
-    """Accuracy in percent with its interval, by MMAU's rule: total, per task, difficulty and sub-category. rows: all
-    that were asked for; a row whose id has no prediction is wrong."""
-    right = {row["id"]: mmau_match(row["answer"], predictions.get(row["id"], ""), row["choices"]) for row in rows}
+    """Accuracy in percent with its interval, by MMAU's rule: total, per task, difficulty and
+    sub-category. rows: all that were asked for; a row whose id has no prediction is wrong."""
+    right = {
+        row["id"]: mmau_match(row["answer"], predictions.get(row["id"], ""), row["choices"])
+        for row in rows
+    }
     scores = {}
     for key in ("total", "task", "difficulty", "sub-category"):
         groups = {}
         for row in rows:
-            groups.setdefault("total" if key == "total" else row.get(key), []).append(right[row["id"]])
+            groups.setdefault("total" if key == "total" else row.get(key), []).append(
+                right[row["id"]]
+            )
         scores[key] = {}
         for name, found in groups.items():
             low, high = wilson(sum(found), len(found))
-            figures = {"accuracy": 100 * sum(found) / len(found), "low": 100 * low, "high": 100 * high}
+            figures = {
+                "accuracy": 100 * sum(found) / len(found),
+                "low": 100 * low,
+                "high": 100 * high,
+            }
             if name is not None:
                 scores[key][name] = figures | {"right": sum(found), "count": len(found)}
     return scores
@@ -1063,16 +1280,21 @@ def evaluate(
     accelerator: accelerate.Accelerator,
     batch: int,
 ) -> tuple[dict[str, float], dict, list[dict]]:
-    """Every figure of a policy on the evaluation questions; MMAU's scores; the rows with the model's words.
+    """Every figure of a policy on the evaluation questions; MMAU's scores; the rows with the
+    model's words.
 
-    `answer` gives texts and token counts for some questions under a think budget; `rows` are all that were asked for,
-    with those whose clips cannot be used; `batch` questions at once."""
+    `answer` gives texts and token counts for some questions under a think budget; `rows` are all
+    that were asked for, with those whose clips cannot be used; `batch` questions at once."""
     mine = my_share(len(questions), accelerator.process_index, accelerator.num_processes)
     records = []
-    for start in tqdm(range(0, len(mine), batch), "evaluate", leave=False, disable=not accelerator.is_main_process):
+    for start in tqdm(
+        range(0, len(mine), batch), "evaluate", leave=False, disable=not accelerator.is_main_process
+    ):
         part = [questions[i] for i in mine[start : start + batch]]
         texts, tokens = answer(part, think_budget)
-        values = score(texts, tokens, [question.row for question in part], think_budget > 0, longest).tolist()
+        values = score(
+            texts, tokens, [question.row for question in part], think_budget > 0, longest
+        ).tolist()
         for question, text, count, rewards in zip(part, texts, tokens, values, strict=True):
             record = {"id": question.row["id"], "completion": text, "tokens": count}
             record["reasoning_tokens"] = reasoning_tokens(block(text, "think"))
@@ -1082,15 +1304,26 @@ def evaluate(
     answers = {name: block(record["completion"], "answer") for name, record in found.items()}
     scores = mmau_scores(rows, answers)
     figures = {"accuracy": scores["total"]["total"]["accuracy"]}
-    figures |= {f"accuracy_{task}": scores["task"][task]["accuracy"] for task in TASKS if task in scores["task"]}
+    figures |= {
+        f"accuracy_{task}": scores["task"][task]["accuracy"]
+        for task in TASKS
+        if task in scores["task"]
+    }
     for name in (*REWARDS[1:], "tokens", "reasoning_tokens"):
         figures[name] = sum(record[name] for record in records) / len(records)
-    # The official script reads `model_output`, its README says `model_prediction`; a row without would not be counted.
+    # The official script reads `model_output`, its README says `model_prediction`; a row without
+    # would not be counted.
     said = [
-        {"model_output": answers.get(row["id"], ""), "completion": found.get(row["id"], {}).get("completion")}
+        {
+            "model_output": answers.get(row["id"], ""),
+            "completion": found.get(row["id"], {}).get("completion"),
+        }
         for row in rows
     ]
-    said = [row | text | {"model_prediction": text["model_output"]} for row, text in zip(rows, said, strict=True)]
+    said = [
+        row | text | {"model_prediction": text["model_output"]}
+        for row, text in zip(rows, said, strict=True)
+    ]
     return figures, scores, said
 
 
@@ -1101,17 +1334,25 @@ def score_table(scores: dict) -> str:
         for name, s in sorted(groups.items()):
             label = name if key == "total" else f"{key}: {name}"
             lines.append(
-                f"| {label} | {s['accuracy']:.2f} | {s['low']:.1f} to {s['high']:.1f} | {s['right']} | {s['count']} |"
+                f"| {label} | {s['accuracy']:.2f} | {s['low']:.1f} to {s['high']:.1f} | "
+                f"{s['right']} | {s['count']} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def scaling(points: list[dict]) -> dict[str, float]:
-    """Test-time scaling of points {budget, tokens, accuracy}: slopes in points of accuracy per reasoning token, with
-    the intercept pinned at the direct answer's accuracy (CESAR's fit) and by ordinary least squares; the sweet spot."""
-    x, y = (np.array([point[name] for point in points], dtype=float) for name in ("tokens", "accuracy"))
+    """Test-time scaling of points {budget, tokens, accuracy}: slopes in points of accuracy per
+    reasoning token, with the intercept pinned at the direct answer's accuracy (CESAR's fit) and by
+    ordinary least squares; the sweet spot."""
+    x, y = (
+        np.array([point[name] for point in points], dtype=float) for name in ("tokens", "accuracy")
+    )
     best = points[int(y.argmax())]
-    result = {"sweet_spot_tokens": best["tokens"], "sweet_spot_accuracy": best["accuracy"], "slope_pinned": math.nan}
+    result = {
+        "sweet_spot_tokens": best["tokens"],
+        "sweet_spot_accuracy": best["accuracy"],
+        "slope_pinned": math.nan,
+    }
     direct = [point["accuracy"] for point in points if point["budget"] == 0]
     if direct and (x**2).sum() > 0:
         result["slope_pinned"] = float((x * (y - direct[0])).sum() / (x**2).sum())
@@ -1120,16 +1361,29 @@ def scaling(points: list[dict]) -> dict[str, float]:
 
 
 def draw_scaling(points: list[dict], fit: dict, path: Path) -> None:
-    """Accuracy with its interval against the mean number of reasoning tokens used, budgets as labels."""
+    """Accuracy with its interval against the mean number of reasoning tokens used, budgets as
+    labels."""
     figure, axis = plt.subplots(figsize=(7, 4.5))
     x, y = [point["tokens"] for point in points], [point["accuracy"] for point in points]
-    errors = [[p["accuracy"] - p["low"] for p in points], [p["high"] - p["accuracy"] for p in points]]
+    errors = [
+        [p["accuracy"] - p["low"] for p in points],
+        [p["high"] - p["accuracy"] for p in points],
+    ]
     axis.errorbar(x, y, errors, fmt="o", capsize=3)
     for point in points:
         axis.annotate(f" {point['budget']}", (point["tokens"], point["accuracy"]), fontsize=8)
-    axis.plot(fit["sweet_spot_tokens"], fit["sweet_spot_accuracy"], "*", ms=14, color="tab:red", label="sweet spot")
+    axis.plot(
+        fit["sweet_spot_tokens"],
+        fit["sweet_spot_accuracy"],
+        "*",
+        ms=14,
+        color="tab:red",
+        label="sweet spot",
+    )
     slopes = f"slope {fit['slope']:.3f}, pinned at the direct answer {fit['slope_pinned']:.3f}"
-    axis.set(xlabel="reasoning tokens used (labels: words allowed)", ylabel="accuracy, %", title=slopes)
+    axis.set(
+        xlabel="reasoning tokens used (labels: words allowed)", ylabel="accuracy, %", title=slopes
+    )
     axis.legend()
     axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -1137,8 +1391,11 @@ def draw_scaling(points: list[dict], fit: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def coefficient_statistics(coefficient: Tensor, advantage: Tensor, limit: float) -> dict[str, float]:
-    """The adrpo/* figures of one rollout. fraction_saturated: share of completions whose A is cut to +-limit."""
+def coefficient_statistics(
+    coefficient: Tensor, advantage: Tensor, limit: float
+) -> dict[str, float]:
+    """The adrpo/* figures of one rollout. fraction_saturated: share of completions whose A is cut
+    to +-limit."""
     return {
         "adrpo/coefficient_mean": coefficient.mean().item(),
         "adrpo/coefficient_min": coefficient.min().item(),
@@ -1170,10 +1427,16 @@ def log(path: Path, writer: SummaryWriter, step: int, record: dict[str, float]) 
 
 
 def write_completions(path: Path, writer: SummaryWriter, step: int, said: list[dict]) -> None:
-    """An evaluation's rows with the model's words: all as a JSON list, the first few to TensorBoard."""
+    """An evaluation's rows with the model's words: all as a JSON list, the first few to
+    TensorBoard."""
     path.write_text(to_json(said, ensure_ascii=False, indent=1), encoding="utf-8")
-    shown = [f"{row['question']}\n{row['choices']} {row['answer']}\n{row['completion']}" for row in said[:8]]
-    writer.add_text("completions", "".join(f"<pre>{html.escape(text)}</pre>" for text in shown), step)
+    shown = [
+        f"{row['question']}\n{row['choices']} {row['answer']}\n{row['completion']}"
+        for row in said[:8]
+    ]
+    writer.add_text(
+        "completions", "".join(f"<pre>{html.escape(text)}</pre>" for text in shown), step
+    )
 
 
 def synchronized_time(device: torch.device) -> float:
@@ -1191,48 +1454,64 @@ def peak_memory_gb(device: torch.device) -> float:
         import resource  # not on Windows
     except ImportError:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoint
+# --------------------------------------------------------------------------------------- checkpoint
 
 
 def save_checkpoint(run_dir: Path, progress: dict, parts: dict) -> None:
-    """Write `progress` and the states of `parts` into checkpoints/: temporary name, then rename; keeps the newest few.
-    Raises InputError when the folder cannot be written; the earlier checkpoints stay."""
+    """Write `progress` and the states of `parts` into checkpoints/: temporary name, then rename;
+    keeps the newest few. Raises InputError when the folder cannot be written; the earlier
+    checkpoints stay."""
     path = run_dir / "checkpoints" / f"{progress['iteration']:06d}.pt"
     try:
         path.parent.mkdir(exist_ok=True)
         torch.save(progress | parts, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--output-dir: {path} cannot be written ({error}); make room, then --resume") from error
+        raise InputError(
+            f"--output-dir: {path} cannot be written ({error}); make room, then --resume"
+        ) from error
     for old in sorted(path.parent.glob("*.pt"))[:-KEEP_CHECKPOINTS]:
         old.unlink()
 
 
 def load_checkpoint(run_dir: Path) -> dict:
-    """The newest checkpoint of a run, {} when it has none yet. Raises InputError for a file that cannot be read."""
+    """The newest checkpoint of a run, {} when it has none yet. Raises InputError for a file that
+    cannot be read."""
     files = sorted((run_dir / "checkpoints").glob("*.pt"))
     try:
         return torch.load(files[-1], map_location="cpu", weights_only=True) if files else {}
     except Exception as error:
         remedy = "delete it to use the one before"
-        raise InputError(f"--resume: {files[-1]} cannot be read ({one_line(error)}); {remedy}") from error
+        raise InputError(
+            f"--resume: {files[-1]} cannot be read ({one_line(error)}); {remedy}"
+        ) from error
 
 
 def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """What a checkpoint needs of the training, complete on the CPU, whether the weights are whole (one process, DDP) or
-    sharded (FSDP). Called by every process."""
+    """What a checkpoint needs of the training, complete on the CPU, whether the weights are whole
+    (one process, DDP) or sharded (FSDP). Called by every process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     model, optimizer_state = get_state_dict(network, optimizer, options=options)
     # torch leaves frozen weights out under one name only; a tied output head has two.
-    frozen = {name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    model = {name: tensor for name, tensor in model.items() if not {name, f"module.{name}"} & frozen}
+    frozen = {
+        name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
+    model = {
+        name: tensor for name, tensor in model.items() if not {name, f"module.{name}"} & frozen
+    }
     return {"model": model, "optimizer": optimizer_state}
 
 
-def restore_training_state(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
+def restore_training_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
+) -> None:
     """The opposite of training_state."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     states = {"model_state_dict": checkpoint["model"], "optim_state_dict": checkpoint["optimizer"]}
@@ -1240,26 +1519,33 @@ def restore_training_state(network: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def save_final(folder: Path, model: nn.Module, weights: dict[str, Tensor], model_id: str) -> str:
-    """Export what PEFT or transformers loads, and return the lines that load it. weights: the trained ones of
-    Policy(model), whole."""
+    """Export what PEFT or transformers loads, and return the lines that load it. weights: the
+    trained ones of Policy(model), whole."""
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     kind = type(model.get_base_model() if isinstance(model, peft.PeftModel) else model).__name__
     if isinstance(model, peft.PeftModel):
         model.save_pretrained(folder, state_dict=weights)
         imports = f"from peft import PeftModel\nfrom transformers import {kind}"
-        return f'{imports}\nmodel = PeftModel.from_pretrained({kind}.from_pretrained("{model_id}"), "{folder}")'
+        return (
+            f"{imports}\n"
+            f'model = PeftModel.from_pretrained({kind}.from_pretrained("{model_id}"), "{folder}")'
+        )
     model.save_pretrained(folder, state_dict=dict(model.state_dict()) | weights)
     return f'from transformers import {kind}\nmodel = {kind}.from_pretrained("{folder}")'
 
 
-# -------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def check_args(args: Args, processes: int) -> None:
     """Raise InputError for a flag that cannot work."""
-    positive = "lora_alpha max_audio_seconds prompts_per_update max_completion_length temperature rollout_batch"
+    positive = (
+        "lora_alpha max_audio_seconds prompts_per_update max_completion_length temperature "
+        "rollout_batch"
+    )
     positive += (
-        " iterations updates_per_rollout clip_eps learning_rate max_grad_norm train_tokens eval_every eval_batch"
+        " iterations updates_per_rollout clip_eps learning_rate max_grad_norm train_tokens "
+        "eval_every eval_batch"
     )
     positive += " save_every"
     rules = [(name, "above 0", getattr(args, name) > 0) for name in positive.split()]
@@ -1270,7 +1556,9 @@ def check_args(args: Args, processes: int) -> None:
     rules.append(("reward_weights", "finite", all(map(math.isfinite, args.reward_weights))))
     rules.append(("adv_clip_k", "above 0", args.adv_clip_k is None or args.adv_clip_k > 0))
     rules.append(("eval_max", "above 0", args.eval_max is None or args.eval_max > 0))
-    rules.append(("think_budgets", "0 or more", all(budget >= 0 for budget in args.think_budgets or ())))
+    rules.append(
+        ("think_budgets", "0 or more", all(budget >= 0 for budget in args.think_budgets or ()))
+    )
     if args.eval_only:
         rules.append(("eval_data", "given with --eval-only", args.eval_data is not None))
     else:
@@ -1278,7 +1566,9 @@ def check_args(args: Args, processes: int) -> None:
         rules.append(("prompts_per_update", f"a multiple of the {processes} processes", divides))
         rules.append(("train_data", "given, or --eval-only", args.train_data is not None))
         rules.append(("adapter", "left out: it goes with --eval-only", args.adapter is None))
-        rules.append(("think_budgets", "left out: it goes with --eval-only", args.think_budgets is None))
+        rules.append(
+            ("think_budgets", "left out: it goes with --eval-only", args.think_budgets is None)
+        )
     for name, rule, holds in rules:
         if not holds:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
@@ -1288,41 +1578,69 @@ def find_run(args: Args) -> tuple[Args, Path]:
     """The flags and the folder of the run that --resume names. Raises InputError."""
     folder = Path(args.resume)
     if args.resume == "latest":
-        runs = [f for f in Path(args.output_dir).glob("*/args.json") if f'"script": "{SCRIPT}"' in f.read_text()]
+        runs = [
+            f
+            for f in Path(args.output_dir).glob("*/args.json")
+            if f'"script": "{SCRIPT}"' in f.read_text()
+        ]
         if not runs:
-            raise InputError(f"--resume latest: no run of this script in --output-dir {args.output_dir}")
+            raise InputError(
+                f"--resume latest: no run of this script in --output-dir {args.output_dir}"
+            )
         folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
     if not (folder / "args.json").is_file():
-        raise InputError(f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)")
+        raise InputError(
+            f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)"
+        )
     try:
         record = json.loads((folder / "args.json").read_text())
         if record["script"] != SCRIPT:
-            raise InputError(f"--resume {args.resume}: is a run of {record['script']}, not of {SCRIPT}")
-        stored = Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()})
+            raise InputError(
+                f"--resume {args.resume}: is a run of {record['script']}, not of {SCRIPT}"
+            )
+        stored = Args(
+            **{key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
+        )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(
             f"--resume {args.resume}: its args.json is not this version's ({reason}); start anew"
         ) from error
     for field in dataclasses.fields(Args):
-        given, kept, flag = getattr(args, field.name), getattr(stored, field.name), field.name.replace("_", "-")
+        given, kept, flag = (
+            getattr(args, field.name),
+            getattr(stored, field.name),
+            field.name.replace("_", "-"),
+        )
         if field.name not in ("resume", "output_dir") and given not in (field.default, kept):
-            raise InputError(f"--{flag} {given}: the resumed run has {kept}; leave the flag out or start a new run")
+            raise InputError(
+                f"--{flag} {given}: the resumed run has {kept}; leave the flag out or start a new "
+                "run"
+            )
     return stored, folder
 
 
 def create_run(args: Args) -> Path:
     """Create the run folder with args.json in it. Raises InputError."""
-    name = args.run_name or f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = (
+        args.run_name or f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     folder = Path(args.output_dir) / name
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        commit = (
+            subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        )
     except (OSError, subprocess.SubprocessError):
         commit = None
     versions = {"python": platform.python_version()}
     versions |= {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
-    record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv, "versions": versions}
+    record = {
+        "script": SCRIPT,
+        "args": dataclasses.asdict(args),
+        "command": sys.argv,
+        "versions": versions,
+    }
     try:
         folder.mkdir(parents=True)
         for part in ("samples", "final"):
@@ -1333,19 +1651,27 @@ def create_run(args: Args) -> Path:
             f"--run-name {folder.name}: {folder} exists; take another name, or --resume {folder}"
         ) from error
     except OSError as error:
-        raise InputError(f"--output-dir {args.output_dir}: cannot be written ({error}); name another folder") from error
+        raise InputError(
+            f"--output-dir {args.output_dir}: cannot be written ({error}); name another folder"
+        ) from error
     return folder
 
 
 def keep_metrics(path: Path, iteration: int) -> None:
     """Drop from metrics.jsonl what an interrupted run logged after its checkpoint."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= iteration]
+    kept = [
+        line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= iteration
+    ]
     path.write_text("".join(kept))
 
 
 def main(args: Args) -> None:
-    use_bf16 = torch.cuda.is_available() and not args.cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    use_bf16 = (
+        torch.cuda.is_available()
+        and not args.cpu
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     resumed = None
     if args.resume:
         args, resumed = find_run(args)
@@ -1364,32 +1690,46 @@ def main(args: Args) -> None:
     # Policy and reference.
     seed_everything(args.seed)
     model, processor = load_model(args, dtype)
-    seconds = min(args.max_audio_seconds, getattr(processor.feature_extractor, "chunk_length", math.inf))
-    lengths = [soundfile.info(opened(clip)).duration for clip in {question.clip for question in (*train, *heldout)}]
+    seconds = min(
+        args.max_audio_seconds, getattr(processor.feature_extractor, "chunk_length", math.inf)
+    )
+    lengths = [
+        soundfile.info(opened(clip)).duration
+        for clip in {question.clip for question in (*train, *heldout)}
+    ]
     note += f"; {sum(length > seconds for length in lengths)} clips are cut to {seconds:g} s"
     stop, banned = special_tokens(model, processor)
     if not stop:
-        raise InputError(f"--model-id {args.model_id}: has no end-of-sequence token in tokenizer or generation config")
+        raise InputError(
+            f"--model-id {args.model_id}: has no end-of-sequence token in tokenizer or generation "
+            "config"
+        )
     policy, frozen, optimizer = Policy(model, banned), None, None
     if args.eval_only:
         policy = network = accelerator.prepare_model(policy, evaluation_mode=True)
     else:
         if not args.lora_rank:
-            shared = {id(p): p for p in policy.parameters() if not p.requires_grad}  # one audio tower is enough
+            # One audio tower is enough.
+            shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
             frozen = accelerator.prepare_model(
                 copy.deepcopy(policy, shared).requires_grad_(False), evaluation_mode=True
             )
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+        )
         network, optimizer = accelerator.prepare(policy, optimizer)
-        # Without gradients no DDP is needed. accelerate has put autocast into the forward of both networks.
+        # Without gradients no DDP is needed. accelerate has put autocast into the forward of both
+        # networks.
         policy = accelerator.unwrap_model(network)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
     run_dir = resumed or (create_run(args) if is_main else None)
     if is_main and skipped:
         (run_dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
-    accelerator.print(f"{run_dir}: {note}; stop tokens {processor.tokenizer.convert_ids_to_tokens(stop)}")
+    accelerator.print(
+        f"{run_dir}: {note}; stop tokens {processor.tokenizer.convert_ids_to_tokens(stop)}"
+    )
 
     def decode(ids: list[int]) -> str:
         return processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -1401,7 +1741,9 @@ def main(args: Args) -> None:
         """Under FSDP every process must take part in every forward pass."""
         if accelerator.distributed_type != accelerate.DistributedType.FSDP:
             return done
-        return bool(accelerator.reduce(torch.tensor(float(done), device=device), "sum") == processes)
+        return bool(
+            accelerator.reduce(torch.tensor(float(done), device=device), "sum") == processes
+        )
 
     def embed(questions: list[Question], think_budget: int) -> list[Tensor]:
         """Each question and its clip, once: what the language model reads, [L,D]."""
@@ -1411,43 +1753,79 @@ def main(args: Args) -> None:
             pairs = zip(texts, waves, strict=True)
             return [embed_question(policy, processor, text, wave, device) for text, wave in pairs]
 
-    def draw(prompts: list[Tensor], uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(
+        prompts: list[Tensor], uniforms: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Completions of some prompts: ids, mask and log-probabilities, [B,G,C]."""
-        with accelerator.autocast():  # around the whole rollout: weights are converted to bf16 once, not at every token
-            return rollout(policy, prompts, uniforms.to(device), stop, temperature, everyone_done=everyone_done)
+        # Around the whole rollout: weights are converted to bf16 once, not at every token.
+        with accelerator.autocast():
+            return rollout(
+                policy, prompts, uniforms.to(device), stop, temperature, everyone_done=everyone_done
+            )
 
     def answer(questions: list[Question], think_budget: int) -> tuple[list[str], list[int]]:
         """The policy's answers to some questions, and their lengths in tokens."""
         seeds = [
-            seed_everything(args.seed, 0, int(hashlib.sha1(q.row["id"].encode()).hexdigest()[:8], 16))
+            seed_everything(
+                args.seed, 0, int(hashlib.sha1(q.row["id"].encode()).hexdigest()[:8], 16)
+            )
             for q in questions
         ]
-        uniforms = torch.stack([torch.rand(1, args.max_completion_length, generator=generator) for generator in seeds])
+        uniforms = torch.stack(
+            [torch.rand(1, args.max_completion_length, generator=generator) for generator in seeds]
+        )
         tokens, mask, _ = draw(embed(questions, think_budget), uniforms, args.eval_temperature)
         texts, counts = flatten(tokens, mask, decode)[:2]
         return texts, counts
 
     def test(think_budget: int) -> tuple[dict[str, float], dict, list[dict]]:
         longest = args.max_completion_length
-        return evaluate(answer, heldout, wanted, think_budget, longest, reasoning_tokens, accelerator, args.eval_batch)
+        return evaluate(
+            answer,
+            heldout,
+            wanted,
+            think_budget,
+            longest,
+            reasoning_tokens,
+            accelerator,
+            args.eval_batch,
+        )
 
-    about = {"model": args.model_id, "adapter": args.adapter, "questions": len(wanted), "skipped": len(skipped)}
+    about = {
+        "model": args.model_id,
+        "adapter": args.adapter,
+        "questions": len(wanted),
+        "skipped": len(skipped),
+    }
     about |= version
     if args.eval_only:
         points = []
         for budget in args.think_budgets or (args.think_budget,):
             figures, scores, said = test(budget)
-            points.append({"budget": budget, "tokens": figures["reasoning_tokens"], **scores["total"]["total"]})
+            points.append(
+                {
+                    "budget": budget,
+                    "tokens": figures["reasoning_tokens"],
+                    **scores["total"]["total"],
+                }
+            )
             if is_main:
-                (run_dir / "samples" / f"predictions-{budget:03d}.json").write_text(to_json(said, indent=1))
+                (run_dir / "samples" / f"predictions-{budget:03d}.json").write_text(
+                    to_json(said, indent=1)
+                )
                 facts = about | {"think_budget": budget, "figures": figures, "scores": scores}
                 (run_dir / f"mmau-{budget:03d}.json").write_text(to_json(facts, indent=2))
                 (run_dir / f"mmau-{budget:03d}.md").write_text(score_table(scores))
-                print(f"\nthink budget {budget} words, {figures['reasoning_tokens']:.1f} reasoning tokens used")
+                print(
+                    f"\nthink budget {budget} words, {figures['reasoning_tokens']:.1f} reasoning "
+                    "tokens used"
+                )
                 print(score_table({key: scores[key] for key in ("total", "task")}))
         if is_main and len(points) > 1:
             fit = scaling(points)
-            (run_dir / "scaling.json").write_text(to_json(about | {"points": points} | fit, indent=2))
+            (run_dir / "scaling.json").write_text(
+                to_json(about | {"points": points} | fit, indent=2)
+            )
             draw_scaling(points, fit, run_dir / "scaling.png")
             print(", ".join(f"{name} {value:.4g}" for name, value in fit.items()))
         accelerator.print(f"results in {run_dir}")
@@ -1460,16 +1838,22 @@ def main(args: Args) -> None:
         restore_training_state(network, optimizer.optimizer, checkpoint)
     if is_main:
         keep_metrics(metrics_path, first if checkpoint else -1)
-    groups, local_groups, group = args.prompts_per_update, args.prompts_per_update // processes, args.group_size
+    groups, local_groups, group = (
+        args.prompts_per_update,
+        args.prompts_per_update // processes,
+        args.group_size,
+    )
     own = slice(rank * local_groups, (rank + 1) * local_groups)  # whole groups stay in one process
     size = sum(parameter.numel() for parameter in trainable)
     accelerator.print(
-        f"{args.method}, {processes} x {device.type}, {'bf16' if bf16 else 'fp32'}, {size:,} trained parameters\neach "
-        f"iteration {groups} questions x {group} completions of at most {args.max_completion_length} tokens, "
-        f"{args.updates_per_rollout} updates"
+        f"{args.method}, {processes} x {device.type}, {'bf16' if bf16 else 'fp32'}, {size:,} "
+        f"trained parameters\neach iteration {groups} questions x {group} completions of at most "
+        f"{args.max_completion_length} tokens, {args.updates_per_rollout} updates"
     )
     if group < 4:
-        accelerator.print(f"warning: --group-size {group}: the mean of so few is a noisy baseline; 8 or more")
+        accelerator.print(
+            f"warning: --group-size {group}: the mean of so few is a noisy baseline; 8 or more"
+        )
 
     mix = torch.tensor(args.reward_weights)
     if checkpoint:
@@ -1483,11 +1867,17 @@ def main(args: Args) -> None:
         log(metrics_path, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
     without_spread = 0
-    bar = tqdm(range(first, args.iterations), args.method, initial=first, total=args.iterations, disable=not is_main)
+    bar = tqdm(
+        range(first, args.iterations),
+        args.method,
+        initial=first,
+        total=args.iterations,
+        disable=not is_main,
+    )
     for iteration in bar:
         # 1. Rollout: the previous policy's completions, and their rewards. A clip is read and
-        #    encoded once. Every process draws all random numbers and
-        #    takes those of its own groups, so the result does not depend on the number of processes.
+        #    encoded once. Every process draws all random numbers and takes those of its own groups,
+        #    so the result does not depend on the number of processes.
         started = synchronized_time(device)
         generator = seed_everything(args.seed, iteration + 1)
         asked = [train[row] for row in draw_prompts(len(train), groups, iteration, args.seed)[own]]
@@ -1499,12 +1889,18 @@ def main(args: Args) -> None:
         drawn = [draw(prompts[cut], uniforms[cut], args.temperature) for cut in cuts]
         longest = max(tokens.shape[2] for tokens, _, _ in drawn)
         padded = [[F.pad(part, (0, longest - part.shape[2])) for part in parts] for parts in drawn]
-        tokens, mask, sampled_logp = (torch.cat(parts) for parts in zip(*padded, strict=True))  # [P/processes,G,C]
+        tokens, mask, sampled_logp = (
+            torch.cat(parts) for parts in zip(*padded, strict=True)
+        )  # [P/processes,G,C]
         rolled_out = synchronized_time(device)
         texts, counts, ids = flatten(tokens, mask, decode)
         rows = [question.row for question in asked for _ in range(group)]
-        values = score(texts, counts, rows, args.think_budget > 0, args.max_completion_length).to(device)
-        every = accelerator.gather(values).view(groups, group, len(REWARDS)).cpu()  # [P,G,R], of all processes
+        values = score(texts, counts, rows, args.think_budget > 0, args.max_completion_length).to(
+            device
+        )
+        every = (
+            accelerator.gather(values).view(groups, group, len(REWARDS)).cpu()
+        )  # [P,G,R], of all processes
         reward = every @ mix  # [P,G]
         rewarded = synchronized_time(device)
 
@@ -1512,15 +1908,23 @@ def main(args: Args) -> None:
         advantage = group_advantage(reward)  # [P,G]
         coefficient = torch.full_like(advantage, args.beta0)
         if args.method == "adrpo":
-            coefficient = adaptive_beta(advantage.flatten(), args.beta0, args.adv_clip_k).view_as(advantage)
+            coefficient = adaptive_beta(advantage.flatten(), args.beta0, args.adv_clip_k).view_as(
+                advantage
+            )
         weights = advantage[own].to(device), coefficient[own].to(device)
 
-        # 3. Updates on this rollout, in passes whose gradients add up to that of the mean over all completions.
-        decay = (1 + math.cos(math.pi * iteration / args.iterations)) / 2 if args.lr_schedule == "cosine" else 1.0
+        # 3. Updates on this rollout, in passes whose gradients add up to that of the mean over all
+        #    completions.
+        decay = (
+            (1 + math.cos(math.pi * iteration / args.iterations)) / 2
+            if args.lr_schedule == "cosine"
+            else 1.0
+        )
         for settings in optimizer.param_groups:
             settings["lr"] = args.learning_rate * min(1.0, (iteration + 1) / 5) * decay
         sizes = torch.tensor([max(len(prompt) for prompt in prompts), longest], device=device)
-        sizes = accelerator.gather(sizes).view(-1, 2).amax(0).tolist()  # as many passes in every process
+        # As many passes in every process.
+        sizes = accelerator.gather(sizes).view(-1, 2).amax(0).tolist()
         passes = micro_batches(local_groups, group, *sizes, args.train_tokens)
         old_logp, ref_logp, sums = {}, {}, torch.zeros(8, device=device)
         for _ in range(args.updates_per_rollout):
@@ -1537,19 +1941,34 @@ def main(args: Args) -> None:
                         )
                 last = number + 1 == len(passes)
                 with contextlib.nullcontext() if last else accelerator.no_sync(network):
-                    logp, entropy = completion_log_probabilities(network, prompts[part], completions, args.temperature)
+                    logp, entropy = completion_log_probabilities(
+                        network, prompts[part], completions, args.temperature
+                    )
                     old_logp.setdefault(number, logp.detach())
-                    flat = [t.flatten(0, 1) for t in (logp, old_logp[number], ref_logp[number], kept)]
+                    flat = [
+                        t.flatten(0, 1) for t in (logp, old_logp[number], ref_logp[number], kept)
+                    ]
                     a, c = [weight[part, columns].flatten() for weight in weights]
                     share = len(a) / (local_groups * group)
                     loss = grpo_loss(*flat[:3], a, c, flat[3], args.clip_eps) * share
                     accelerator.backward(loss)
                 with torch.no_grad():
-                    policy_loss = grpo_loss(*flat[:3], a, torch.zeros_like(c), flat[3], args.clip_eps) * share
+                    policy_loss = (
+                        grpo_loss(*flat[:3], a, torch.zeros_like(c), flat[3], args.clip_eps) * share
+                    )
                     ratio, better = (flat[0] - flat[1]).exp(), a[:, None] > 0
-                    clipped = torch.where(better, ratio > 1 + args.clip_eps, ratio < 1 - args.clip_eps)
-                    off = (flat[1] - sampled_logp[part, columns, : kept.shape[2]].flatten(0, 1)).abs()
-                    per_token = [kl_k3(flat[0], flat[2]), entropy.flatten(0, 1), clipped & (a[:, None] != 0), off]
+                    clipped = torch.where(
+                        better, ratio > 1 + args.clip_eps, ratio < 1 - args.clip_eps
+                    )
+                    off = (
+                        flat[1] - sampled_logp[part, columns, : kept.shape[2]].flatten(0, 1)
+                    ).abs()
+                    per_token = [
+                        kl_k3(flat[0], flat[2]),
+                        entropy.flatten(0, 1),
+                        clipped & (a[:, None] != 0),
+                        off,
+                    ]
                     totals = [(value * flat[3]).sum() for value in per_token]
                     update += torch.stack([loss.detach(), policy_loss, *totals, flat[3].sum()])
             grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
@@ -1558,12 +1977,18 @@ def main(args: Args) -> None:
             update = torch.cat([accelerator.reduce(update, "mean"), grad_norm.to(device).view(1)])
             if not update.isfinite().all():  # before the step: the weights are still good
                 state = training_state(network, optimizer.optimizer)
-                progress = {"iteration": iteration, "metrics": metrics, "base": base, "scores": scores}
+                progress = {
+                    "iteration": iteration,
+                    "metrics": metrics,
+                    "base": base,
+                    "scores": scores,
+                }
                 if is_main:
                     save_checkpoint(run_dir, progress, state)
                 raise InputError(
-                    f"iteration {iteration}: loss {update[0]:.3g}, gradient norm {update[7]:.3g}; the weights before "
-                    "this step are saved. Lower --learning-rate, or raise --beta0"
+                    f"iteration {iteration}: loss {update[0]:.3g}, gradient norm {update[7]:.3g}; "
+                    "the weights before this step are saved. Lower --learning-rate, or raise "
+                    "--beta0"
                 )
             optimizer.step()
             sums += update
@@ -1607,8 +2032,9 @@ def main(args: Args) -> None:
         without_spread = without_spread + 1 if zero_spread > 0.8 else 0
         if without_spread == 10 and is_main:
             tqdm.write(
-                "warning: for ten iterations more than 80 % of the groups had one reward for all their completions: "
-                "nothing to learn from; use a finer reward, easier or harder prompts, or a larger --group-size"
+                "warning: for ten iterations more than 80 % of the groups had one reward for all "
+                "their completions: nothing to learn from; use a finer reward, easier or harder "
+                "prompts, or a larger --group-size"
             )
         if last or done % args.save_every == 0:
             state = training_state(network, optimizer.optimizer)
@@ -1622,7 +2048,12 @@ def main(args: Args) -> None:
         writer.close()
         processor.save_pretrained(run_dir / "final")
         lines = save_final(run_dir / "final", policy.model, weights_now, args.model_id)
-        summary = {"base": base, "final": metrics, "method": args.method, "iterations": args.iterations}
+        summary = {
+            "base": base,
+            "final": metrics,
+            "method": args.method,
+            "iterations": args.iterations,
+        }
         summary |= about | {"scores": scores}
         (run_dir / "summary.json").write_text(to_json(summary, indent=2))
         print(f"{'':22s}{'base':>10s}{'final':>10s}")
@@ -1642,11 +2073,18 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(f"error: {error}" if process == "0" else f"error (process {process}): {error}")
     except torch.OutOfMemoryError as error:
-        remedy = "lower --train-tokens, --rollout-batch or --eval-batch, or add --gradient-checkpointing"
-        sys.exit(f"error: out of GPU memory ({one_line(error)[:120]}); {remedy}; then --resume latest")
+        remedy = (
+            "lower --train-tokens, --rollout-batch or --eval-batch, or add --gradient-checkpointing"
+        )
+        sys.exit(
+            f"error: out of GPU memory ({one_line(error)[:120]}); {remedy}; then --resume latest"
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        sys.exit(f"error: --output-dir: cannot be written ({one_line(error)}); make room, then --resume latest")
+        sys.exit(
+            f"error: --output-dir: cannot be written ({one_line(error)}); make room, then "
+            "--resume latest"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume latest continues from the newest checkpoint")

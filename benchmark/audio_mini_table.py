@@ -2,14 +2,16 @@
 
     python benchmark/audio_mini_table.py WORLDS RUNS OUT
 
-writes OUT.csv (a row per model, think budget and way of answering), OUT.md (the layouts of the ADRPO paper's Tables 2
-and 3: accuracy per task; then rewards and figures of training; differences paired over the base models) and OUT.png
-(accuracy against reasoning tokens: CESAR's scaling curve; training curves).
+writes OUT.csv (a row per model, think budget and way of answering), OUT.md (the layouts of the
+ADRPO paper's Tables 2 and 3: accuracy per task; then rewards and figures of training; differences
+paired over the base models) and OUT.png (accuracy against reasoning tokens: CESAR's scaling curve;
+training curves).
 
-    accuracy      by MMAU's rule, percent of the world's held-out questions, at a think budget of 50 words where none
-                  is named; greedy, or one sample of each question
-    rambling      share of completions with a sentence that says nothing about the clip; "right, rambling" and "right,
-                  else" are the shares of right answers among these and among the others
+    accuracy      by MMAU's rule, percent of the world's held-out questions, at a think budget of 50
+                  words where none is named; greedy, or one sample of each question
+    rambling      share of completions with a sentence that says nothing about the clip; "right,
+                  rambling" and "right, else" are the shares of right answers among these and among
+                  the others
     entropy, KL   of the policy while it is trained, nats a token, mean of the last ten iterations
 """
 
@@ -52,12 +54,17 @@ COLUMNS = ("total", "sound", "music", "speech")
 BUDGET = 50
 WAYS = ("greedy", "sampled")
 COLOURS = dict(
-    zip(SETTINGS, ("black", "tab:blue", "tab:red", "tab:orange", "tab:purple", "tab:cyan", "tab:pink"), strict=True)
+    zip(
+        SETTINGS,
+        ("black", "tab:blue", "tab:red", "tab:orange", "tab:purple", "tab:cyan", "tab:pink"),
+        strict=True,
+    )
 )
 
 
 def read_evaluation(folder: Path, budget: int) -> dict:
-    """Figures of one model under one think budget; under "right" which questions it answered right, by id."""
+    """Figures of one model under one think budget; under "right" which questions it answered right,
+    by id."""
     facts = json.loads((folder / f"mmau-{budget:03d}.json").read_text())
     said = json.loads((folder / "samples" / f"predictions-{budget:03d}.json").read_text())
     scores = facts["scores"]
@@ -68,7 +75,9 @@ def read_evaluation(folder: Path, budget: int) -> dict:
     thoughts = [block(row["completion"], "think") for row in said]
     rambles = np.array([any(sentence in thought for sentence in RAMBLINGS) for thought in thoughts])
     found["rambling"] = float(rambles.mean())
-    found["right"] = {row["id"]: mmau_match(row["answer"], row["model_output"], row["choices"]) for row in said}
+    found["right"] = {
+        row["id"]: mmau_match(row["answer"], row["model_output"], row["choices"]) for row in said
+    }
     right = np.array([*found["right"].values()])
     for name, these in (("right, rambling", rambles), ("right, else", ~rambles)):
         found[name] = float(right[these].mean()) if these.any() else math.nan
@@ -76,7 +85,8 @@ def read_evaluation(folder: Path, budget: int) -> dict:
 
 
 def read_all(runs: Path) -> tuple[dict, dict, list[str], list[int]]:
-    """Evaluations by (setting, seed, way, budget); training rows by (setting, seed); commits; budgets."""
+    """Evaluations by (setting, seed, way, budget); training rows by (setting, seed); commits;
+    budgets."""
     evaluations, training, commits, budgets = {}, {}, set(), set()
     for file in sorted(runs.glob("*/done")):
         name, record = file.parent.name, json.loads((file.parent / "args.json").read_text())
@@ -88,7 +98,10 @@ def read_all(runs: Path) -> tuple[dict, dict, list[str], list[int]]:
                 evaluations[setting, int(seed), way, budget] = read_evaluation(file.parent, budget)
         else:
             setting, seed = name.rsplit("-", 1)
-            rows = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
+            rows = [
+                json.loads(line)
+                for line in (file.parent / "metrics.jsonl").read_text().splitlines()
+            ]
             training[setting, int(seed)] = [row for row in rows if "reward/mean" in row]
     return evaluations, training, sorted(commits), sorted(budgets)
 
@@ -107,32 +120,48 @@ def table(rows: list[list[str]]) -> str:
 
 def of_setting(evaluations: dict, setting: str, way: str, budget: int = BUDGET) -> dict[int, dict]:
     """Evaluations of a setting by seed."""
-    return {key[1]: found for key, found in evaluations.items() if (key[0], *key[2:]) == (setting, way, budget)}
+    return {
+        key[1]: found
+        for key, found in evaluations.items()
+        if (key[0], *key[2:]) == (setting, way, budget)
+    }
 
 
 def accuracy_table(evaluations: dict, way: str, settings: list[str]) -> str:
-    """Accuracy per task, mean ± standard error over the base models, and the range of the single runs' totals."""
-    rows = [[way, "runs", *COLUMNS[1:], "total", "totals of the runs, with Wilson's 95 % intervals"]]
+    """Accuracy per task, mean ± standard error over the base models, and the range of the single
+    runs' totals."""
+    rows = [
+        [way, "runs", *COLUMNS[1:], "total", "totals of the runs, with Wilson's 95 % intervals"]
+    ]
     for setting in settings:
         found = of_setting(evaluations, setting, way)
         if found:
-            cells = [written([one[name] for one in found.values()]) for name in (*COLUMNS[1:], "total")]
-            single = ", ".join(f"{one['total']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in found.values())
+            cells = [
+                written([one[name] for one in found.values()]) for name in (*COLUMNS[1:], "total")
+            ]
+            single = ", ".join(
+                f"{one['total']:.1f} ({one['low']:.1f} to {one['high']:.1f})"
+                for one in found.values()
+            )
             rows.append([SETTINGS[setting], str(len(found)), *cells, single])
     return table(rows)
 
 
 def process_table(evaluations: dict, training: dict, way: str) -> str:
-    """Rewards, lengths and rambling of the answers; entropy and KL of the last ten iterations of training."""
+    """Rewards, lengths and rambling of the answers; entropy and KL of the last ten iterations of
+    training."""
     names = (*REWARDS[1:], "reasoning_tokens", "rambling")
-    names += ("right, rambling", "right, else") if way == "sampled" else ()  # greedily hardly anything rambles
+    # Greedily hardly anything rambles.
+    names += ("right, rambling", "right, else") if way == "sampled" else ()
     rows = [[way, *[name.replace("_", " ") for name in names], "entropy", "KL"]]
     for setting, title in SETTINGS.items():
         found = of_setting(evaluations, setting, way)
         if not found:
             continue
         digits = {"reasoning_tokens": 1}
-        cells = [written([one[name] for one in found.values()], digits.get(name, 3)) for name in names]
+        cells = [
+            written([one[name] for one in found.values()], digits.get(name, 3)) for name in names
+        ]
         curves = [rows_ for (name, _), rows_ in training.items() if name == setting]
         for tag in ("entropy", "kl"):
             ends = [np.mean([row[tag] for row in curve[-10:]]) for curve in curves]
@@ -142,8 +171,13 @@ def process_table(evaluations: dict, training: dict, way: str) -> str:
 
 
 def mcnemar(one: dict[int, dict], other: dict[int, dict]) -> tuple[int, int, float]:
-    """Questions of all base models that only the one, or only the other got right, and the exact test's p."""
-    pairs = [(found["right"][id_], other[seed]["right"][id_]) for seed, found in one.items() for id_ in found["right"]]
+    """Questions of all base models that only the one, or only the other got right, and the exact
+    test's p."""
+    pairs = [
+        (found["right"][id_], other[seed]["right"][id_])
+        for seed, found in one.items()
+        for id_ in found["right"]
+    ]
     won, lost = (sum(pair == wanted for pair in pairs) for wanted in ((True, False), (False, True)))
     return won, lost, stats.binomtest(won, won + lost).pvalue if won + lost else math.nan
 
@@ -151,7 +185,16 @@ def mcnemar(one: dict[int, dict], other: dict[int, dict]) -> tuple[int, int, flo
 def difference_table(evaluations: dict) -> str:
     """Differences on the same base model and questions."""
     names = ("total", "reasoning_tokens", "rambling", "keywords")
-    head = ["", "difference", "pairs", "accuracy", "p", "questions won, lost", "p (McNemar)", *names[1:]]
+    head = [
+        "",
+        "difference",
+        "pairs",
+        "accuracy",
+        "p",
+        "questions won, lost",
+        "p (McNemar)",
+        *names[1:],
+    ]
     rows = [[cell.replace("_", " ") for cell in head]]
     for way in WAYS:
         for one_name, other_name in PAIRS:
@@ -159,12 +202,24 @@ def difference_table(evaluations: dict) -> str:
             seeds = sorted(one.keys() & other.keys())
             if not seeds:
                 continue
-            differences = {name: [one[seed][name] - other[seed][name] for seed in seeds] for name in names}
+            differences = {
+                name: [one[seed][name] - other[seed][name] for seed in seeds] for name in names
+            }
             p = stats.ttest_1samp(differences["total"], 0).pvalue if len(seeds) > 1 else math.nan
             won, lost, p_questions = mcnemar({seed: one[seed] for seed in seeds}, other)
-            cells = [written(differences["total"]), f"{p:.2g}", f"{won}, {lost}", f"{p_questions:.2g}"]
-            cells += [written(differences[name], 1 if name == "reasoning_tokens" else 3) for name in names[1:]]
-            rows.append([way, f"{SETTINGS[one_name]} - {SETTINGS[other_name]}", str(len(seeds)), *cells])
+            cells = [
+                written(differences["total"]),
+                f"{p:.2g}",
+                f"{won}, {lost}",
+                f"{p_questions:.2g}",
+            ]
+            cells += [
+                written(differences[name], 1 if name == "reasoning_tokens" else 3)
+                for name in names[1:]
+            ]
+            rows.append(
+                [way, f"{SETTINGS[one_name]} - {SETTINGS[other_name]}", str(len(seeds)), *cells]
+            )
     return table(rows)
 
 
@@ -174,7 +229,12 @@ def scaling_points(evaluations: dict, setting: str, budgets: list[int]) -> list[
     curves = []
     for seed in by_budget[0]:
         named = [(budget, found[seed]) for budget, found in zip(budgets, by_budget, strict=True)]
-        curves.append([{"budget": b, "tokens": one["reasoning_tokens"], "accuracy": one["total"]} for b, one in named])
+        curves.append(
+            [
+                {"budget": b, "tokens": one["reasoning_tokens"], "accuracy": one["total"]}
+                for b, one in named
+            ]
+        )
     return curves
 
 
@@ -186,7 +246,9 @@ def scaling_table(evaluations: dict, budgets: list[int]) -> str:
         if curves:
             cells = []
             for points in zip(*curves, strict=True):
-                accuracy, tokens = (np.mean([point[name] for point in points]) for name in ("accuracy", "tokens"))
+                accuracy, tokens = (
+                    np.mean([point[name] for point in points]) for name in ("accuracy", "tokens")
+                )
                 cells.append(f"{accuracy:.1f} ({tokens:.0f} tokens)")
             fits = [scaling(points) for points in curves]
             cells += [written([fit[name] for fit in fits], 3) for name in ("slope_pinned", "slope")]
@@ -195,16 +257,26 @@ def scaling_table(evaluations: dict, budgets: list[int]) -> str:
 
 
 def draw(evaluations: dict, training: dict, budgets: list[int], path: Path) -> None:
-    """The scaling curve, greedy; accuracy, entropy, KL, keywords and length of the rollouts while training."""
+    """The scaling curve, greedy; accuracy, entropy, KL, keywords and length of the rollouts while
+    training."""
     figure, axes = plt.subplots(2, 3, figsize=(16, 9))
     for setting, title in SETTINGS.items():
         curves = scaling_points(evaluations, setting, budgets)
         if curves:
-            x, y = ([[point[name] for point in points] for points in curves] for name in ("tokens", "accuracy"))
+            x, y = (
+                [[point[name] for point in points] for points in curves]
+                for name in ("tokens", "accuracy")
+            )
             order = np.argsort(np.mean(x, axis=0))
-            error = np.std(y, axis=0, ddof=1) / math.sqrt(len(y)) if len(y) > 1 else np.zeros(len(budgets))
+            error = (
+                np.std(y, axis=0, ddof=1) / math.sqrt(len(y))
+                if len(y) > 1
+                else np.zeros(len(budgets))
+            )
             values = np.mean(x, axis=0)[order], np.mean(y, axis=0)[order], error[order]
-            axes[0, 0].errorbar(*values, marker="o", ms=4, capsize=2, color=COLOURS[setting], label=title)
+            axes[0, 0].errorbar(
+                *values, marker="o", ms=4, capsize=2, color=COLOURS[setting], label=title
+            )
     title = f"greedy, think budgets of {', '.join(map(str, budgets))} words"
     axes[0, 0].set(title=title, xlabel="reasoning tokens used", ylabel="accuracy, %")
     axes[0, 0].legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.12))
@@ -217,7 +289,11 @@ def draw(evaluations: dict, training: dict, budgets: list[int], path: Path) -> N
     }
     for axis, (tag, title) in zip(axes.flat[1:], panels.items(), strict=True):
         for setting in SETTINGS:
-            curves = [[row[tag] for row in rows] for (name, _), rows in training.items() if name == setting]
+            curves = [
+                [row[tag] for row in rows]
+                for (name, _), rows in training.items()
+                if name == setting
+            ]
             if curves:
                 mean = np.mean(curves, axis=0)
                 smooth = np.convolve(mean, np.ones(5) / 5, mode="valid")  # five iterations
@@ -235,25 +311,42 @@ def main(worlds: Path, runs: Path, out: Path) -> None:
         sys.exit(f"error: {runs}: no finished evaluation of benchmark/audio_mini.sh in it")
     figures = [*COLUMNS, "low", "high", *REWARDS[1:], "reasoning_tokens", "rambling"]
     with out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("setting", "seed", "way", "budget", *figures), extrasaction="ignore")
+        writer = csv.DictWriter(
+            file, ("setting", "seed", "way", "budget", *figures), extrasaction="ignore"
+        )
         writer.writeheader()
         for (setting, seed, way, budget), found in sorted(evaluations.items()):
-            writer.writerow({"setting": setting, "seed": seed, "way": way, "budget": budget} | found)
+            writer.writerow(
+                {"setting": setting, "seed": seed, "way": way, "budget": budget} | found
+            )
     seeds = sorted({key[1] for key in evaluations})
-    built = {seed: json.loads((worlds / f"audio{seed}" / "world.json").read_text()) for seed in seeds}
+    built = {
+        seed: json.loads((worlds / f"audio{seed}" / "world.json").read_text()) for seed in seeds
+    }
     count = sum(facts["heldout_questions"] for facts in built.values())
     text = "## Accuracy per task, percent (layout of the ADRPO paper's Table 2)\n\n"
     methods = ["base", "grpo", "adrpo", "grpo-cesar", "adrpo-cesar"]
     text += "\n".join(accuracy_table(evaluations, way, methods) for way in WAYS)
     text += "\n## Clip range of the advantage (layout of its Table 3)\n\n"
-    text += "\n".join(accuracy_table(evaluations, way, ["adrpo-k0.5", "adrpo", "adrpo-k2"]) for way in WAYS)
+    text += "\n".join(
+        accuracy_table(evaluations, way, ["adrpo-k0.5", "adrpo", "adrpo-k2"]) for way in WAYS
+    )
     text += f"\n## Differences on the same base model\n\n{difference_table(evaluations)}"
     text += "\n## Rewards of the process, and the policy\n\n"
     text += "\n".join(process_table(evaluations, training, way) for way in WAYS)
     text += f"\n## Think budgets\n\n{scaling_table(evaluations, budgets)}"
-    text += f"\nMean ± standard error over the base models of seeds {', '.join(map(str, seeds))}, one run each; "
-    text += f"{count} held-out questions in all. p: paired t-test over base models, and McNemar's exact test over the "
-    text += "questions, which does not know that runs differ; not corrected for the number of comparisons. "
+    text += (
+        f"\nMean ± standard error over the base models of seeds {', '.join(map(str, seeds))}, one "
+        "run each; "
+    )
+    text += (
+        f"{count} held-out questions in all. p: paired t-test over base models, and McNemar's "
+        "exact test over the "
+    )
+    text += (
+        "questions, which does not know that runs differ; not corrected for the number of "
+        "comparisons. "
+    )
     text += f"{len(training)} runs, commit {', '.join(commits)}.\n"
     out.with_suffix(".md").write_text(text)
     print(text)

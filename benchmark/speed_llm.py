@@ -1,17 +1,21 @@
-"""What a step of adrpo_grpo_llm.py costs, against TRL's GRPOTrainer on the same work, and against its network calls.
+"""What a step of adrpo_grpo_llm.py costs, against TRL's GRPOTrainer on the same work, and against
+its network calls.
 
     pip install trl==1.16.0
-    python benchmark/speed_llm.py                        # CPU, one thread, 11.9 M parameters, about ten minutes
-    python benchmark/speed_llm.py --gpu                  # a GPU, Qwen2-0.5B's shapes with random weights, bf16
+    python benchmark/speed_llm.py        # CPU, one thread, 11.9 M parameters, about ten minutes
+    python benchmark/speed_llm.py --gpu  # a GPU, Qwen2-0.5B's shapes with random weights, bf16
 
-Both programs run in this process and take turns, step by step: the script's own `main` in one thread, `trainer.train()`
-in another, one waiting while the other works. Same model, prompts, group, number of tokens (no model here ever ends a
-completion early), precision and threads; loss_type "grpo", beta 0.04, one update a rollout, no checkpointing. Seconds:
+Both programs run in this process and take turns, step by step: the script's own `main` in one
+thread, `trainer.train()` in another, one waiting while the other works. Same model, prompts, group,
+number of tokens (no model here ever ends a completion early), precision and threads;
+loss_type "grpo", beta 0.04, one update a rollout, no checkpointing. Seconds:
 
     TRL        from the beginning to the end of its step: generation, reference, policy, update
-    script     charts/seconds_rollout + charts/seconds_update, as the script logs them; neither counts the reward
-    floor      the script's network calls alone, on ready inputs: reading the prompt, one pass for each token,
-               reference, policy forward and backward; no sampling, loss, optimiser or bookkeeping
+    script     charts/seconds_rollout + charts/seconds_update, as the script logs them; neither
+               counts the reward
+    floor      the script's network calls alone, on ready inputs: reading the prompt, one pass for
+               each token, reference, policy forward and backward; no sampling, loss, optimiser or
+               bookkeeping
 
 Medians over the steps after the first two; a ratio is only meaningful within one run.
 """
@@ -32,7 +36,13 @@ import trl
 import tyro
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    TrainerCallback,
+)
 
 import adrpo_grpo_llm as script
 
@@ -56,8 +66,8 @@ class Args:
 
 
 def make_model(folder: Path, gpu: bool) -> None:
-    """A model of random weights and a tokenizer of one token a word, whose end-of-sequence token the model cannot
-    produce: it lies behind its vocabulary."""
+    """A model of random weights and a tokenizer of one token a word, whose end-of-sequence token
+    the model cannot produce: it lies behind its vocabulary."""
     torch.manual_seed(0)
     common = {"max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": None}
     if gpu:
@@ -86,10 +96,14 @@ def make_model(folder: Path, gpu: bool) -> None:
             **common,
         )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = {"<pad>": 0} | {f"w{i}": i for i in range(1, WORDS + 1)} | {"<eos>": config.eos_token_id}
+    words = (
+        {"<pad>": 0} | {f"w{i}": i for i in range(1, WORDS + 1)} | {"<eos>": config.eos_token_id}
+    )
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(folder)
 
 
 class Turns(TrainerCallback):
@@ -118,14 +132,19 @@ def now() -> float:
 def floor_seconds(folder: Path, prompt: list[int], completion: int, gpu: bool, lora: bool) -> float:
     """The network calls of one step of the script and nothing else."""
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
-    args = script.Args(model_id=str(folder), lora_rank=16 if lora else 0, max_completion_length=completion)
-    policy = script.load_policy(dataclasses.replace(args, max_prompt_length=len(prompt)), dtype).to(device)
+    args = script.Args(
+        model_id=str(folder), lora_rank=16 if lora else 0, max_completion_length=completion
+    )
+    policy = script.load_policy(dataclasses.replace(args, max_prompt_length=len(prompt)), dtype).to(
+        device
+    )
     tokens = torch.randint(1, WORDS, (1, GROUP, completion), device=device)
     ids, lengths = script.pad([prompt], device)
     positions = torch.arange(ids.shape[1], device=device)[None]
     each = torch.arange(GROUP, device=device)[None]
     start = now()
-    with torch.autocast(device.type, dtype, enabled=gpu), torch.enable_grad():  # `score` has switched gradients off
+    # `score` has switched gradients off.
+    with torch.autocast(device.type, dtype, enabled=gpu), torch.enable_grad():
         with torch.no_grad():
             shared = script.SharedPrompt(ids.shape[1], GROUP, None, cache={}, room=completion)
             policy(ids, positions, shared, lengths[:, None] - 1)
@@ -139,7 +158,9 @@ def floor_seconds(folder: Path, prompt: list[int], completion: int, gpu: bool, l
     return now() - start
 
 
-def compare(args: Args, folder: Path, prompt_length: int, completion_length: int, mode: str) -> dict:
+def compare(
+    args: Args, folder: Path, prompt_length: int, completion_length: int, mode: str
+) -> dict:
     """Medians of one case."""
     generator = torch.Generator().manual_seed(prompt_length)
     rows = torch.randint(1, WORDS, (4 * args.steps, prompt_length), generator=generator).tolist()
@@ -152,7 +173,9 @@ def compare(args: Args, folder: Path, prompt_length: int, completion_length: int
     def own_reward(asked: list[str], completions: list[str], rows: list[dict]) -> list[float]:
         if len(completions) == GROUP:  # a training step, not the check or the evaluation
             turns.step()
-            floor.append(floor_seconds(folder, [1] * prompt_length, completion_length, args.gpu, lora))
+            floor.append(
+                floor_seconds(folder, [1] * prompt_length, completion_length, args.gpu, lora)
+            )
         return [float(len(text)) for text in completions]
 
     with tempfile.TemporaryDirectory() as work:
@@ -176,7 +199,9 @@ def compare(args: Args, folder: Path, prompt_length: int, completion_length: int
             logging_strategy="no",
             disable_tqdm=True,
         )
-        peft_config = script.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft_config = script.LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         trainer = trl.GRPOTrainer(
             model=model,
@@ -213,10 +238,15 @@ def compare(args: Args, folder: Path, prompt_length: int, completion_length: int
         script.plugin_reward = lambda spec: own_reward  # it needs what only this function knows
         script.main(flags)
         thread.join()
-        rows = [json.loads(line) for line in (Path(work) / "own" / "metrics.jsonl").read_text().splitlines()][1:]
+        rows = [
+            json.loads(line)
+            for line in (Path(work) / "own" / "metrics.jsonl").read_text().splitlines()
+        ][1:]
     rollout = statistics.median(row["charts/seconds_rollout"] for row in rows[WARM_UP:])
     update = statistics.median(row["charts/seconds_update"] for row in rows[WARM_UP:])
-    own = statistics.median(row["charts/seconds_rollout"] + row["charts/seconds_update"] for row in rows[WARM_UP:])
+    own = statistics.median(
+        row["charts/seconds_rollout"] + row["charts/seconds_update"] for row in rows[WARM_UP:]
+    )
     theirs, alone = statistics.median(turns.seconds[WARM_UP:]), statistics.median(floor[WARM_UP:])
     assert all(row["completions/clipped_ratio"] == 1 for row in rows), "a completion ended early"
     case = {"prompt": prompt_length, "completion": completion_length, "group": GROUP, "mode": mode}
@@ -231,21 +261,36 @@ def compare(args: Args, folder: Path, prompt_length: int, completion_length: int
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     where = torch.cuda.get_device_name() if args.gpu else f"CPU, {args.threads} thread"
-    about = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+    about = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), args.gpu)
         for mode in args.modes:
             for lengths in args.lengths:
                 cases.append(compare(args, Path(folder), *map(int, lengths.split(",")), mode))
-                print({key: round(v, 3) if isinstance(v, float) else v for key, v in cases[-1].items()}, flush=True)
+                print(
+                    {
+                        key: round(v, 3) if isinstance(v, float) else v
+                        for key, v in cases[-1].items()
+                    },
+                    flush=True,
+                )
     print(f"\n{where}, {about}, seconds a step, {args.steps - WARM_UP} steps each")
     for case in cases:
         print(
-            "  ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{value}" for key, value in case.items())
+            "  ".join(
+                f"{key} {value:.2f}" if isinstance(value, float) else f"{value}"
+                for key, value in case.items()
+            )
         )
     if args.output:
-        Path(args.output).write_text(json.dumps({"where": where, "versions": about, "cases": cases}, indent=2))
+        Path(args.output).write_text(
+            json.dumps({"where": where, "versions": about, "cases": cases}, indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""What an iteration of adrpo_fm_sd3.py costs, against its network calls alone and against the usual way of doing it.
+"""What an iteration of adrpo_fm_sd3.py costs, against its network calls alone and against the usual
+way of doing it.
 
-    python benchmark/speed_sd3.py small WORLD            # a folder of benchmark/mini_world_sd3.py, one thread, CPU
-    python benchmark/speed_sd3.py full FOLDER            # SD3 medium's shapes, random weights, 512 px, bf16, a GPU
+    python benchmark/speed_sd3.py small WORLD  # a folder of benchmark/mini_world_sd3.py, one
+                                                # thread, CPU
+    python benchmark/speed_sd3.py full FOLDER  # SD3 medium's shapes, random weights, 512 px,
+                                                # bf16, a GPU
 
 `small` prints, from one process:
   script        seconds of an iteration, as the script itself logs them
-  alone         the network calls that it cannot do without, in the same batches, and nothing else: transformer in the
-                rollout, reference and policy in the update, backward pass, autoencoder, CLIP
-  usual way     the same rollout and update as pipelines of this kind are often written: one pipeline call per prompt,
-                which encodes its text, with the empty prompt in a second forward pass, images through 8-bit pictures,
-                a second copy of the model as reference, one prompt's group after the other
+  alone         the network calls that it cannot do without, in the same batches, and nothing else:
+                transformer in the rollout, reference and policy in the update, backward pass,
+                autoencoder, CLIP
+  usual way     the same rollout and update as pipelines of this kind are often written: one
+                pipeline call per prompt, which encodes its text, with the empty prompt in a second
+                forward pass, images through 8-bit pictures, a second copy of the model as
+                reference, one prompt's group after the other
 Ratios are only meaningful within one run. Both comparisons are repeated and the medians taken.
 
-`full` writes a checkpoint of random weights into FOLDER (5 GB) unless it is there, runs the script on it and prints
-seconds per image rolled out, per training point, and the peak memory that the script logs.
+`full` writes a checkpoint of random weights into FOLDER (5 GB) unless it is there, runs the script
+on it and prints seconds per image rolled out, per training point, and the peak memory that the
+script logs.
 """
 
 import json
@@ -26,7 +32,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -38,12 +49,15 @@ TARGETS = list(sd3.Args().lora_targets)
 
 
 def script_seconds(args: sd3.Args, skip: int) -> dict[str, float]:
-    """Median seconds of an iteration's phases over a run of the script, without its first `skip` iterations."""
+    """Median seconds of an iteration's phases over a run of the script, without its first `skip`
+    iterations."""
     sd3.main(args)
     path = Path(args.output_dir) / args.run_name / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()][1 + skip :]
     keys = [key for key in rows[0] if key.startswith("charts/seconds") or key.endswith("memory_gb")]
-    return {key.removeprefix("charts/"): statistics.median(row[key] for row in rows) for key in keys}
+    return {
+        key.removeprefix("charts/"): statistics.median(row[key] for row in rows) for key in keys
+    }
 
 
 def timed(function) -> float:
@@ -59,11 +73,14 @@ def small(folder: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     clip = sd3.Clip(f"local-dir:{folder}/clip", None, torch.device("cpu"))
     reward = sd3.clip_reward(clip)
-    reference = SD3Transformer2DModel.from_pretrained(folder / "model" / "transformer").requires_grad_(False)
+    reference = SD3Transformer2DModel.from_pretrained(
+        folder / "model" / "transformer"
+    ).requires_grad_(False)
     transformer = pipe.transformer.requires_grad_(False)
     for network in (transformer, reference):
         network.add_adapter(sd3.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
-    reference.disable_adapters()  # the same calls as the script's: a LoRA that is switched off is not free
+    # The same calls as the script's: a LoRA that is switched off is not free.
+    reference.disable_adapters()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3)
     count = PROMPTS * GROUP
@@ -96,7 +113,9 @@ def small(folder: Path) -> None:
         latents, rewards, conditions = [], [], []
         with torch.no_grad():
             for prompt in prompts:
-                own = pipe.encode_prompt(prompt, None, None, num_images_per_prompt=GROUP, max_sequence_length=LENGTH)
+                own = pipe.encode_prompt(
+                    prompt, None, None, num_images_per_prompt=GROUP, max_sequence_length=LENGTH
+                )
                 x = torch.randn(GROUP, 8, 8, 8)
                 pipe.scheduler.set_timesteps(STEPS)
                 for t in pipe.scheduler.timesteps:
@@ -106,7 +125,9 @@ def small(folder: Path) -> None:
                         empty = sd3.velocity(transformer, x, s, (own[1], own[3]))
                         v = empty + guidance * (v - empty)
                     x = pipe.scheduler.step(v, t, x, return_dict=False)[0]
-                raw = pipe.vae.decode(x / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
+                raw = pipe.vae.decode(
+                    x / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+                ).sample
                 pictures = pipe.image_processor.postprocess(raw, output_type="pil")
                 images = torch.stack([pil_to_tensor(picture) / 255 for picture in pictures])
                 latents.append(x)
@@ -157,18 +178,21 @@ def small(folder: Path) -> None:
                 )
                 phases = script_seconds(args, skip=2)
             scripts.append(sum(value for key, value in phases.items() if key.startswith("seconds")))
-            alones += [timed(lambda: alone(guidance)) for _ in range(5)]  # noqa: B023 (called at once)
+            # Called at once.
+            alones += [timed(lambda: alone(guidance)) for _ in range(5)]  # noqa: B023
             usuals += [timed(lambda: usual_way(guidance)) for _ in range(3)]  # noqa: B023
         script, least, usual = (statistics.median(values) for values in (scripts, alones, usuals))
         print(
-            f"guidance {guidance:g}: script {script:.3f} s, network calls alone {least:.3f} s, usual {usual:.3f} s; "
-            f"script / alone = {script / least:.2f}, usual way / script = {usual / script:.2f}",
+            f"guidance {guidance:g}: script {script:.3f} s, network calls alone {least:.3f} s, "
+            f"usual {usual:.3f} s; script / alone = {script / least:.2f}, usual way / script = "
+            f"{usual / script:.2f}",
             flush=True,
         )
 
 
 def make_full_size(folder: Path, layers: int = 24) -> None:
-    """SD3 medium's transformer and autoencoder with random weights; text encoders of the right widths, one layer."""
+    """SD3 medium's transformer and autoencoder with random weights; text encoders of the right
+    widths, one layer."""
     tokenizer, t5_tokenizer = world.build_clip_tokenizer(), world.build_t5_tokenizer()
     tokenizer.model_max_length = 77
 
@@ -184,7 +208,9 @@ def make_full_size(folder: Path, layers: int = 24) -> None:
         )
         return CLIPTextModelWithProjection(config)
 
-    t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=4096, d_ff=64, d_kv=8, num_heads=4, num_layers=1)
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer), d_model=4096, d_ff=64, d_kv=8, num_heads=4, num_layers=1
+    )
     pipe = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=128,
@@ -222,8 +248,11 @@ def make_full_size(folder: Path, layers: int = 24) -> None:
 def full(folder: Path, layers: int = 24, resolution: int = 512, cpu: bool = False) -> None:
     if not (folder / "model").is_dir():
         make_full_size(folder, layers)
-    (folder / "reward.py").write_text("def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
-    tokenizer = world.build_clip_tokenizer()  # CLIP diversity needs a model; its cost is not what is measured
+    (folder / "reward.py").write_text(
+        "def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+    )
+    # CLIP diversity needs a model; its cost is not what is measured.
+    tokenizer = world.build_clip_tokenizer()
     if not (folder / "clip").is_dir():
         world.train_clip(tokenizer, *tiny_painter(), 1, folder / "clip")
     name = "cpu" if cpu else torch.cuda.get_device_name()
@@ -233,19 +262,43 @@ def full(folder: Path, layers: int = 24, resolution: int = 512, cpu: bool = Fals
         "24 GB flags": {"train_batch": 2, "rollout_batch": 8, "gradient_checkpointing": True},
     }.items():
         with tempfile.TemporaryDirectory() as runs:
-            shared = {"model_id": str(folder / "model"), "clip_model": f"local-dir:{folder}/clip", "cpu": cpu}
-            shared |= {"output_dir": runs, "run_name": "r", "precision": "bf16", "resolution": resolution}
-            shared |= {"prompts": str(folder / "train_prompts.txt"), "reward": (f"{folder}/reward.py:brightness",)}
-            shared |= {"prompts_per_update": 1, "group_size": 16, "iterations": 4, "eval_every": 100, "eval_images": 2}
-            args = sd3.Args(**shared | {"eval_max_prompts": 1, "eval_steps": 2, "save_every": 100} | options)
+            shared = {
+                "model_id": str(folder / "model"),
+                "clip_model": f"local-dir:{folder}/clip",
+                "cpu": cpu,
+            }
+            shared |= {
+                "output_dir": runs,
+                "run_name": "r",
+                "precision": "bf16",
+                "resolution": resolution,
+            }
+            shared |= {
+                "prompts": str(folder / "train_prompts.txt"),
+                "reward": (f"{folder}/reward.py:brightness",),
+            }
+            shared |= {
+                "prompts_per_update": 1,
+                "group_size": 16,
+                "iterations": 4,
+                "eval_every": 100,
+                "eval_images": 2,
+            }
+            args = sd3.Args(
+                **shared | {"eval_max_prompts": 1, "eval_steps": 2, "save_every": 100} | options
+            )
             if not cpu:
                 torch.cuda.reset_peak_memory_stats()
             phases = script_seconds(args, skip=1)
-        images, points = args.group_size, args.group_size * args.timesteps_per_sample * args.updates_per_iteration
+        images, points = (
+            args.group_size,
+            args.group_size * args.timesteps_per_sample * args.updates_per_iteration,
+        )
         print(
-            f"{name}, {resolution} px, guidance {args.guidance_scale}, {args.num_steps} steps, {label}: "
-            f"{phases['seconds_rollout'] / images:.3f} s per image, {phases['seconds_update'] / points:.3f} s per "
-            f"training point, peak {phases['peak_memory_gb']:.1f} GB",
+            f"{name}, {resolution} px, guidance {args.guidance_scale}, {args.num_steps} steps, "
+            f"{label}: {phases['seconds_rollout'] / images:.3f} s per image, "
+            f"{phases['seconds_update'] / points:.3f} s per training point, peak "
+            f"{phases['peak_memory_gb']:.1f} GB",
             flush=True,
         )
 

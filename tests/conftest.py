@@ -1,10 +1,12 @@
-"""One thread per process, and the repository root on the import path, before any test imports torch."""
+"""One thread per process, and the repository root on the import path, before any test imports
+torch."""
 
 import os
 import sys
 from pathlib import Path
 
-# Before torch is imported, and inherited by every subprocess: bit-for-bit comparisons need one number of threads.
+# Before torch is imported, and inherited by every subprocess: bit-for-bit comparisons need one
+# number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 

@@ -1,6 +1,7 @@
-"""Tests of adrpo_audio_mmau.py on tiny random Qwen2-Audio and Qwen2.5-Omni models and synthetic clips: MMAU's rule on
-its real questions (with ADRPO_DATA), what the model hears and its shared rows against stock transformers, its loss
-against TRL's GRPOTrainer, and the program as a user runs it. No downloads."""
+"""Tests of adrpo_audio_mmau.py on tiny random Qwen2-Audio and Qwen2.5-Omni models and synthetic
+clips: MMAU's rule on its real questions (with ADRPO_DATA), what the model hears and its shared rows
+against stock transformers, its loss against TRL's GRPOTrainer, and the program as a user runs it.
+No downloads."""
 
 import ast
 import contextlib
@@ -50,17 +51,28 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "adrpo_audio_mmau.py"
 DOCS = ROOT / "docs" / "adrpo_audio_mmau.md"
 FAMILIES = list(tiny_models.AUDIO_FAMILIES)
-STOCK = {"qwen2-audio": Qwen2AudioForConditionalGeneration, "omni": Qwen2_5OmniThinkerForConditionalGeneration}
+STOCK = {
+    "qwen2-audio": Qwen2AudioForConditionalGeneration,
+    "omni": Qwen2_5OmniThinkerForConditionalGeneration,
+}
 STOP = [2, *range(11, 360, 8)]  # of the rollout tests: <|im_end|> alone is rare
 CPU = torch.device("cpu")
 SAYS = "<think> first pitch</think><answer> Man</answer>"
 TIMING = re.compile(r"charts/(seconds_.*|tokens_per_second|peak_memory_gb)")
-TINY = "--cpu --precision fp32 --iterations 2 --prompts-per-update 2 --group-size 4 --max-completion-length 12"
-TINY += " --eval-every 1 --save-every 1 --learning-rate 1e-2 --lora-rank 4 --rollout-batch 8 --train-tokens 2048"
+TINY = (
+    "--cpu --precision fp32 --iterations 2 --prompts-per-update 2 --group-size 4 "
+    "--max-completion-length 12"
+)
+TINY += (
+    " --eval-every 1 --save-every 1 --learning-rate 1e-2 --lora-rank 4 --rollout-batch 8 "
+    "--train-tokens 2048"
+)
 TINY += " --reward-weights 5 1 1 1 1 --eval-batch 2"
 CHOICES = ["Man", "Woman", "Child", "Robot"]
 DATA = Path(os.environ["ADRPO_DATA"]) / "mmau" if os.environ.get("ADRPO_DATA") else None
-real_data = pytest.mark.skipif(DATA is None, reason="ADRPO_DATA is not set: no real MMAU questions here")
+real_data = pytest.mark.skipif(
+    DATA is None, reason="ADRPO_DATA is not set: no real MMAU questions here"
+)
 
 
 def numbers(*shape, seed=0, dtype=torch.float32):
@@ -75,7 +87,9 @@ def sound(seconds, seed=0, rate=16000, pitch=300):
     """A noisy tone that gets louder, float32."""
     at = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).normal(size=len(at))
-    return ((0.2 * np.sin(2 * np.pi * pitch * (seed + 1) * at) + 0.05 * noise) * (0.2 + at / seconds)).astype("float32")
+    return (
+        (0.2 * np.sin(2 * np.pi * pitch * (seed + 1) * at) + 0.05 * noise) * (0.2 + at / seconds)
+    ).astype("float32")
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +97,9 @@ def models(tmp_path_factory):
     """Folders of tiny models: one a family, random; `says FAMILY` mostly says SAYS."""
     folder = tmp_path_factory.mktemp("models")
     made = {family: tiny_models.make_audio_lm(folder / family, family) for family in FAMILIES}
-    return made | {f"says {f}": tiny_models.make_audio_lm(folder / f"says-{f}", f, says=SAYS) for f in FAMILIES}
+    return made | {
+        f"says {f}": tiny_models.make_audio_lm(folder / f"says-{f}", f, says=SAYS) for f in FAMILIES
+    }
 
 
 @pytest.fixture(scope="session")
@@ -95,25 +111,53 @@ def files(tmp_path_factory):
     for i in range(9):
         soundfile.write(folder / "wavs" / f"{i}.wav", sound(0.4 + 0.1 * i, i), 16000)
         question = ("Who speaks?", "What is it that you hear first?", "Which option?")[i % 3]
-        rows.append({"audio": f"wavs/{i}.wav", "question": question, "choices": CHOICES, "answer": CHOICES[i % 2]})
+        rows.append(
+            {
+                "audio": f"wavs/{i}.wav",
+                "question": question,
+                "choices": CHOICES,
+                "answer": CHOICES[i % 2],
+            }
+        )
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
     for i, row in enumerate(rows[6:]):
-        row |= {"id": f"q{i}", "audio_id": f"./elsewhere/{Path(row.pop('audio')).name}", "task": mmau.TASKS[i]}
-        row |= {"difficulty": ("easy", "hard", "easy")[i], "sub-category": f"sub {i}", "split": "test-mini"}
+        row |= {
+            "id": f"q{i}",
+            "audio_id": f"./elsewhere/{Path(row.pop('audio')).name}",
+            "task": mmau.TASKS[i],
+        }
+        row |= {
+            "difficulty": ("easy", "hard", "easy")[i],
+            "sub-category": f"sub {i}",
+            "split": "test-mini",
+        }
     (folder / "eval.json").write_text(json.dumps(rows[6:]))
     return folder
 
 
 @pytest.fixture(scope="session")
 def base_flags(models, files):
-    flags = ["--model-id", models["says omni"], "--train-data", files / "train.jsonl", "--eval-data"]
+    flags = [
+        "--model-id",
+        models["says omni"],
+        "--train-data",
+        files / "train.jsonl",
+        "--eval-data",
+    ]
     flags += [files / "eval.json", "--eval-audio-dir", files / "wavs"]
     return [*TINY.split(), *map(str, flags)]
 
 
 @pytest.fixture(scope="session")
 def eval_flags(models, files):
-    flags = ["--cpu", "--eval-only", "--max-completion-length", "12", "--model-id", models["says omni"]]
+    flags = [
+        "--cpu",
+        "--eval-only",
+        "--max-completion-length",
+        "12",
+        "--model-id",
+        models["says omni"],
+    ]
     flags += ["--eval-data", files / "eval.json", "--eval-audio-dir", files / "wavs"]
     return [str(flag) for flag in flags]
 
@@ -124,7 +168,8 @@ def reset_accelerate():
 
 
 def run_script(*flags):
-    """The script with these flags, in this process: (exit message or code, standard output, standard error)."""
+    """The script with these flags, in this process: (exit message or code, standard output,
+    standard error)."""
     reset_accelerate()
     arguments, code = sys.argv, 0
     sys.argv = [str(SCRIPT), *map(str, flags)]
@@ -155,7 +200,10 @@ def refused(*flags):
 
 def read_metrics(run, timing=False):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if timing or not TIMING.fullmatch(name)} for row in rows]
+    return [
+        {name: value for name, value in row.items() if timing or not TIMING.fullmatch(name)}
+        for row in rows
+    ]
 
 
 def weights(run):
@@ -164,13 +212,15 @@ def weights(run):
 
 
 def change(one, other, base):
-    """Size of the difference of two runs' weights, in sizes of the first one's change from `base`."""
+    """Size of the difference of two runs' weights, in sizes of the first one's change from
+    `base`."""
     difference = sum((one[name] - other[name]).square().sum() for name in one)
     return math.sqrt(difference / sum((one[name] - base[name]).square().sum() for name in one))
 
 
 def assert_same_run(one, other, base=None, tolerance=0.0):
-    """Same weights, same metrics: bit for bit, or as far as `tolerance`, relative to what was learnt since `base`."""
+    """Same weights, same metrics: bit for bit, or as far as `tolerance`, relative to what was
+    learnt since `base`."""
     if tolerance:
         assert change(weights(one), weights(other), base) < tolerance
     else:
@@ -181,7 +231,7 @@ def assert_same_run(one, other, base=None, tolerance=0.0):
         assert row == pytest.approx(match, rel=tolerance, abs=tolerance / 100, nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------------- A. MMAU's rule, rewards
+# -------------------------------------------------------------------------- A. MMAU's rule, rewards
 
 
 def official(answer, prediction, choices):
@@ -219,7 +269,11 @@ HAND = [
 
 @pytest.mark.parametrize("answer,prediction,choices,right", HAND)
 def test_the_rule_by_hand(answer, prediction, choices, right):
-    assert mmau.mmau_match(answer, prediction, choices) == right == official(answer, prediction, choices)
+    assert (
+        mmau.mmau_match(answer, prediction, choices)
+        == right
+        == official(answer, prediction, choices)
+    )
 
 
 @real_data
@@ -231,9 +285,21 @@ def test_the_rule_is_the_official_one_on_all_real_questions():
     for number, row in enumerate(rows):
         answer, choices = row["answer"], row["choices"]
         other = rows[(number * 7 + 3) % 1000]
-        said = [*choices, *(f"({letter}) {choice}" for letter, choice in zip("ABCDEFGH", choices, strict=False))]
-        said += [f"The answer is {answer}, because of what I hear.", f"not {answer}", answer.upper() + "!", answer[:-1]]
-        said += [", ".join(choices), f"{answer} {choices[number % len(choices)]}", " ".join(answer.split()[::-1])]
+        said = [
+            *choices,
+            *(f"({letter}) {choice}" for letter, choice in zip("ABCDEFGH", choices, strict=False)),
+        ]
+        said += [
+            f"The answer is {answer}, because of what I hear.",
+            f"not {answer}",
+            answer.upper() + "!",
+            answer[:-1],
+        ]
+        said += [
+            ", ".join(choices),
+            f"{answer} {choices[number % len(choices)]}",
+            " ".join(answer.split()[::-1]),
+        ]
         said += [
             " ".join(answer.split()[1:]),
             answer.replace(" ", "_"),
@@ -242,22 +308,44 @@ def test_the_rule_is_the_official_one_on_all_real_questions():
             "",
             "?",
         ]
-        said += [other["answer"], row["question"], f"{row['question']} {answer}", answer + choices[-1], answer[1:]]
+        said += [
+            other["answer"],
+            row["question"],
+            f"{row['question']} {answer}",
+            answer + choices[-1],
+            answer[1:],
+        ]
         for prediction in said:
             right = mmau.mmau_match(answer, prediction, choices)
             assert right == official(answer, prediction, choices), (row["id"], prediction)
             counts[right] += 1
         assert mmau.mmau_match(answer, answer, choices)
     assert min(counts.values()) > 3000
-    for predictions, expected in (({r["id"]: r["answer"] for r in rows}, 100), ({r["id"]: "" for r in rows}, 0)):
+    for predictions, expected in (
+        ({r["id"]: r["answer"] for r in rows}, 100),
+        ({r["id"]: "" for r in rows}, 0),
+    ):
         assert mmau.mmau_scores(rows, predictions)["total"]["total"]["accuracy"] == expected
 
 
 def test_scores_against_a_loop_and_a_missing_prediction_is_wrong():
     random, rows = np.random.default_rng(0), []
     for i in range(60):
-        row = {"id": f"{i}", "question": "?", "choices": CHOICES, "answer": CHOICES[i % 4], "task": mmau.TASKS[i % 3]}
-        rows.append(row | ({"difficulty": ("easy", "hard")[i % 2], "sub-category": f"s{i % 5}"} if i < 50 else {}))
+        row = {
+            "id": f"{i}",
+            "question": "?",
+            "choices": CHOICES,
+            "answer": CHOICES[i % 4],
+            "task": mmau.TASKS[i % 3],
+        }
+        rows.append(
+            row
+            | (
+                {"difficulty": ("easy", "hard")[i % 2], "sub-category": f"s{i % 5}"}
+                if i < 50
+                else {}
+            )
+        )
     predictions = {row["id"]: CHOICES[random.integers(4)] for row in rows[:45]}
     scores = mmau.mmau_scores(rows, predictions)
     right = {row["id"]: predictions.get(row["id"]) == row["answer"] for row in rows}
@@ -269,7 +357,8 @@ def test_scores_against_a_loop_and_a_missing_prediction_is_wrong():
             assert (got["right"], got["count"]) == (sum(found), len(found))
             assert got["accuracy"] == pytest.approx(100 * np.mean(found))
             interval = stats.binomtest(sum(found), len(found)).proportion_ci(0.95, method="wilson")
-            assert (got["low"], got["high"]) == pytest.approx([100 * x for x in interval], abs=1e-2)  # z is 1.96
+            # z is 1.96
+            assert (got["low"], got["high"]) == pytest.approx([100 * x for x in interval], abs=1e-2)
     assert 0 < scores["total"]["total"]["right"] < 45
     table = mmau.score_table(scores)
     assert all(line.count("|") == 6 for line in table.splitlines())
@@ -308,7 +397,12 @@ def test_block_is_the_last_complete_one(text, inside):
 
 def test_block_takes_no_time_on_a_hostile_text():
     started = time.perf_counter()
-    for text in ("<answer>" * 4000, "<answer>a" * 4000 + "</answer>", "<" * 30000, "<think>" + " </think" * 4000):
+    for text in (
+        "<answer>" * 4000,
+        "<answer>a" * 4000 + "</answer>",
+        "<" * 30000,
+        "<think>" + " </think" * 4000,
+    ):
         mmau.block(text, "answer"), mmau.reward_format(text, True), mmau.reward_format(text, False)
     assert time.perf_counter() - started < 2
 
@@ -339,13 +433,16 @@ def test_format_reward(text, thinking, direct):
 def test_rewards_by_hand_and_their_bounds():
     row = {"question": "Which bird is it?", "choices": ["an owl", "a crow"], "answer": "an owl"}
     text = (
-        "<think>First, I hear a low pitch, so it is the owl: then noise, rhythm, tempo.</think><answer>An owl</answer>"
+        "<think>First, I hear a low pitch, so it is the owl: then noise, rhythm, tempo.</think>"
+        "<answer>An owl</answer>"
     )
-    # concepts: reasoning {first hear low pitch owl noise rhythm tempo}, answer {owl}, question {bird owl crow}
+    # concepts: reasoning {first hear low pitch owl noise rhythm tempo}, answer {owl}, question
+    # {bird owl crow}
     assert mmau.concepts("The OWL, the owl & a crow's") == {"owl", "crow", "s"}
     assert mmau.reward_accuracy(text, row) == 1
     assert mmau.reward_consistency(text, row) == pytest.approx(1 / 8 + 1 / 8)
-    assert mmau.reward_keywords(text) == pytest.approx(2 / 3 + 1 / 3 + 1)  # first then; so; pitch noise rhythm tempo
+    # first then; so; pitch noise rhythm tempo
+    assert mmau.reward_keywords(text) == pytest.approx(2 / 3 + 1 / 3 + 1)
     assert mmau.reward_overthinking(3, 12) == 0.75
     values = mmau.score([text, "nothing"], [3, 12], [row, row], True, 12)
     torch.testing.assert_close(values, torch.tensor([[1, 1, 0.25, 2, 0.75], [0, 0, 0, 0, 0]]))
@@ -355,22 +452,31 @@ def test_rewards_by_hand_and_their_bounds():
     every = " ".join([*mmau.PATTERN_WORDS, *mmau.LOGIC_WORDS, *mmau.DOMAIN_WORDS])
     assert mmau.reward_keywords(f"<think>{every} {every}</think>") == 3
     assert mmau.reward_keywords(f"<answer>{every}</answer>") == 0  # only reasoning counts
-    assert mmau.reward_keywords("<think>so so so</think>") == pytest.approx(1 / 3)  # different entries
+    # different entries
+    assert mmau.reward_keywords("<think>so so so</think>") == pytest.approx(1 / 3)
     assert mmau.reward_consistency("<answer>owl</answer>", row) == 0
     assert mmau.overlap(set(), set()) == 0
     lists = (mmau.PATTERN_WORDS, mmau.LOGIC_WORDS, mmau.DOMAIN_WORDS)
-    assert all(mmau.words(entry) == [entry] for entries in lists for entry in entries)  # others could not be found
+    # others could not be found
+    assert all(mmau.words(entry) == [entry] for entries in lists for entry in entries)
     assert sum(map(len, lists)) == len(set().union(*lists))  # nothing counts twice
 
 
 def test_scaling_against_lstsq_and_the_sweet_spot():
     random = np.random.default_rng(3)
     budgets = [25, 0, 50, 100, 150]
-    points = [{"budget": b, "tokens": 0.7 * b + random.random(), "accuracy": 60 + 9 * random.random()} for b in budgets]
+    points = [
+        {"budget": b, "tokens": 0.7 * b + random.random(), "accuracy": 60 + 9 * random.random()}
+        for b in budgets
+    ]
     x, y = (np.array([p[name] for p in points]) for name in ("tokens", "accuracy"))
     got = mmau.scaling(points)
-    assert got["slope"] == pytest.approx(np.linalg.lstsq(np.stack([x, np.ones(5)], 1), y, rcond=None)[0][0])
-    assert got["slope_pinned"] == pytest.approx(np.linalg.lstsq(x[:, None], y - y[1], rcond=None)[0][0])
+    assert got["slope"] == pytest.approx(
+        np.linalg.lstsq(np.stack([x, np.ones(5)], 1), y, rcond=None)[0][0]
+    )
+    assert got["slope_pinned"] == pytest.approx(
+        np.linalg.lstsq(x[:, None], y - y[1], rcond=None)[0][0]
+    )
     assert got["sweet_spot_accuracy"] == max(y)
     assert got["sweet_spot_tokens"] == x[y.argmax()]
     assert math.isnan(mmau.scaling([point for point in points if point["budget"]])["slope_pinned"])
@@ -379,14 +485,19 @@ def test_scaling_against_lstsq_and_the_sweet_spot():
     assert math.isnan(flat["slope_pinned"])
 
 
-# --------------------------------------------------------------------------------------- B. against stock transformers
+# -------------------------------------------------------------------- B. against stock transformers
 
 
-ASKED = [(0.9, "Who speaks?", 3), (0.3, "Which is it that you hear, and what came first?", 1), (1.6, "What?", 2)]
+ASKED = [
+    (0.9, "Who speaks?", 3),
+    (0.3, "Which is it that you hear, and what came first?", 1),
+    (1.6, "What?", 2),
+]
 
 
 class Setup(SimpleNamespace):
-    """policy, processor, banned, device; inputs: the stock processor's, one a question; prompts: the script's own."""
+    """policy, processor, banned, device; inputs: the stock processor's, one a question; prompts:
+    the script's own."""
 
 
 def prepare(folder, *, rank=0, checkpointing=False, asked=ASKED):
@@ -403,7 +514,9 @@ def prepare(folder, *, rank=0, checkpointing=False, asked=ASKED):
     for seed, (seconds, question, choices) in enumerate(asked):
         wave, row = sound(seconds, seed), {"question": question, "choices": CHOICES[:choices]}
         text = mmau.build_prompt(processor, row, 50)
-        inputs.append(stock_processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt"))
+        inputs.append(
+            stock_processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
+        )
         prompts.append(mmau.embed_question(policy, processor, text, wave, CPU))
     return Setup(policy=policy, processor=processor, banned=banned, inputs=inputs, prompts=prompts)
 
@@ -418,12 +531,15 @@ def stock_copy(family, folder, policy, attention="sdpa"):
 
 
 def plain(model, inputs, completions, banned, temperature):
-    """Log-probabilities and entropies of completions [B,G,C]: each a sequence of its own, its clip heard anew."""
+    """Log-probabilities and entropies of completions [B,G,C]: each a sequence of its own, its clip
+    heard anew."""
     logp, entropy = torch.zeros(completions.shape), torch.zeros(completions.shape)
     for i, one in enumerate(inputs):
         for j, completion in enumerate(completions[i]):
             ids = torch.cat([one["input_ids"], completion[None]], dim=1)
-            logits = model(**one | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+            logits = model(
+                **one | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            ).logits
             logits = logits[0, one["input_ids"].shape[1] - 1 : -1].clone()
             logits[:, banned] = -1e9
             pi = torch.distributions.Categorical(logits=logits / temperature)
@@ -452,7 +568,9 @@ def read_prompts(policy, prompts):
     """The Policy's logits at every place of prompts that share one length, float32 [B,L,V]."""
     nothing = torch.zeros(len(prompts), 0, dtype=torch.long)
     embeds, lengths = mmau.pad(prompts, CPU)
-    shared = mmau.SharedPrompt(embeds.shape[1], 1, mmau.padding_of(lengths, embeds.shape[1]), cache={}, room=1)
+    shared = mmau.SharedPrompt(
+        embeds.shape[1], 1, mmau.padding_of(lengths, embeds.shape[1]), cache={}, room=1
+    )
     positions = torch.arange(embeds.shape[1]).expand(len(prompts), -1)
     return policy(embeds, nothing, positions, shared, positions)
 
@@ -464,7 +582,9 @@ def test_it_reads_what_the_stock_model_reads(models, family, rank):
     it = prepare(models[family], rank=rank)
     stock, found = stock_copy(family, models[family], it.policy), []
     decoder = (stock.get_base_model() if rank else stock).model.language_model
-    decoder.register_forward_pre_hook(lambda _, args, named: found.append(named["inputs_embeds"]), with_kwargs=True)
+    decoder.register_forward_pre_hook(
+        lambda _, args, named: found.append(named["inputs_embeds"]), with_kwargs=True
+    )
     for one, prompt in zip(it.inputs, it.prompts, strict=True):
         expected = stock(**one).logits
         assert torch.equal(found[-1][0], prompt)
@@ -475,14 +595,22 @@ def test_it_reads_what_the_stock_model_reads(models, family, rank):
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.97, 300])
-def test_omnis_window_of_300_seconds_is_not_filled_and_the_spectrogram_stays_the_same(tmp_path, seconds):
-    processor = AutoProcessor.from_pretrained(tiny_models.make_audio_lm(tmp_path, "omni", seconds=300))
+def test_omnis_window_of_300_seconds_is_not_filled_and_the_spectrogram_stays_the_same(
+    tmp_path, seconds
+):
+    processor = AutoProcessor.from_pretrained(
+        tiny_models.make_audio_lm(tmp_path, "omni", seconds=300)
+    )
     wave = np.tile(sound(min(seconds, 2)), 150)[: round(seconds * 16000)]
     text = mmau.build_prompt(processor, {"question": "?", "choices": CHOICES}, 50)
     got = mmau.embed_question(lambda audio_inputs: [audio_inputs], processor, text, wave, CPU)
     stock = processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
-    assert got["input_features"].shape[2] <= 100 * seconds + 5 < stock["input_features"].shape[2] + 6
-    heard = [one["input_features"][:, :, one["feature_attention_mask"][0].bool()] for one in (got, stock)]
+    assert (
+        got["input_features"].shape[2] <= 100 * seconds + 5 < stock["input_features"].shape[2] + 6
+    )
+    heard = [
+        one["input_features"][:, :, one["feature_attention_mask"][0].bool()] for one in (got, stock)
+    ]
     assert torch.equal(*heard)
     assert torch.equal(got["input_ids"], stock["input_ids"])
 
@@ -490,13 +618,17 @@ def test_omnis_window_of_300_seconds_is_not_filled_and_the_spectrogram_stays_the
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 def test_hearing_passes_through_the_wrapped_forward_and_leaves_nothing_behind(models, family, rank):
-    """FSDP gathers weights in hooks of what it wraps: each module entered must be left, the policy first and last."""
+    """FSDP gathers weights in hooks of what it wraps: each module entered must be left, the policy
+    first and last."""
     it, calls = prepare(models[family], rank=rank), []
     for module in it.policy.modules():
         module.register_forward_pre_hook(lambda module, *_: calls.append((module, "in")))
         module.register_forward_hook(lambda module, *_: calls.append((module, "out")))
     before = {module: set(vars(module)) for module in it.policy.modules()}
-    text, wave = mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50), sound(1)
+    text, wave = (
+        mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50),
+        sound(1),
+    )
     heard = mmau.embed_question(it.policy, it.processor, text, wave, CPU)
     assert not heard.requires_grad
     assert calls[0] == (it.policy, "in")
@@ -516,7 +648,9 @@ def test_it_hears(models, family):
     text = mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50)
     waves = [sound(1, 0), sound(1, 1), np.zeros(16000, "float32"), sound(1, 0)]
     prompts = [mmau.embed_question(it.policy, it.processor, text, wave, CPU) for wave in waves]
-    (ids,) = it.processor(text=text, audio=waves[:1], sampling_rate=16000, return_tensors="pt")["input_ids"]
+    (ids,) = it.processor(text=text, audio=waves[:1], sampling_rate=16000, return_tensors="pt")[
+        "input_ids"
+    ]
     heard = ids == it.processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
     assert heard.sum() == 25  # one for every 40 ms
     answers = [read_prompts(it.policy, [prompt])[0, -1] for prompt in prompts]
@@ -543,7 +677,10 @@ def test_dropout_in_the_audio_tower_is_off(models, tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_processor_that_makes_nothing_of_the_clip_is_an_error(models, family):
     it = prepare(models[family])
-    text, wave = mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50), sound(1)
+    text, wave = (
+        mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50),
+        sound(1),
+    )
 
     class Deaf:
         tokenizer, audio_token = it.processor.tokenizer, it.processor.audio_token
@@ -553,16 +690,20 @@ def test_a_processor_that_makes_nothing_of_the_clip_is_an_error(models, family):
 
     with pytest.raises(mmau.InputError, match="no audio features"):
         mmau.embed_question(it.policy, Deaf(), text, wave, CPU)
-    with pytest.raises(mmau.InputError, match="no audio features"):  # a template without a place for the clip
+    # a template without a place for the clip
+    with pytest.raises(mmau.InputError, match="no audio features"):
         mmau.embed_question(it.policy, it.processor, text.replace("<|AUDIO|>", ""), wave, CPU)
 
 
 def test_the_thinker_of_a_whole_omni_folder(models, tmp_path):
-    """The hub's Qwen2.5-Omni has its thinker's weights under `thinker.`, and talker and vocoder beside it."""
+    """The hub's Qwen2.5-Omni has its thinker's weights under `thinker.`, and talker and vocoder
+    beside it."""
     whole = tmp_path / "whole"
     shutil.copytree(models["omni"], whole)
     thinker = load_file(whole / "model.safetensors")
-    state = {f"thinker.{name}": tensor for name, tensor in thinker.items()} | {"talker.x": torch.ones(1)}
+    state = {f"thinker.{name}": tensor for name, tensor in thinker.items()} | {
+        "talker.x": torch.ones(1)
+    }
     save_file(state, whole / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((whole / "config.json").read_text())
     assert config["model_type"] == "qwen2_5_omni_thinker"
@@ -575,7 +716,7 @@ def test_the_thinker_of_a_whole_omni_folder(models, tmp_path):
         assert torch.equal(*(read_prompts(it.policy, it.prompts[:1]) for it in (one, other)))
 
 
-# ----------------------------------------------------------------------------------------------------- C. shared rows
+# ----------------------------------------------------------------------------------- C. shared rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -604,7 +745,9 @@ def test_shared_rows_are_separate_sequences(models, family, rank):
 def test_logits_in_pieces_change_nothing(models, monkeypatch):
     completions, mask = ragged()
     results, calls, piece = [], [], mmau.recompute
-    monkeypatch.setattr(mmau, "recompute", lambda *a, **options: calls.append(1) or piece(*a, **options))
+    monkeypatch.setattr(
+        mmau, "recompute", lambda *a, **options: calls.append(1) or piece(*a, **options)
+    )
     for size in (2**26, 363 * 10):
         monkeypatch.setattr(mmau, "LOGITS_AT_ONCE", size)
         it = prepare(models["omni"], rank=4)
@@ -622,7 +765,8 @@ def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
     asked = [(0.2 + 0.1 * i, f"What? {'you ' * (i * 5 % 7)}", 1 + i % 4) for i in range(9)]
     it = prepare(models[family], rank=rank, asked=asked)
     head = it.policy.model.get_output_embeddings().weight
-    head[it.banned[0]], head[it.banned[1]] = numbers(32) * 3, numbers(32) * -3  # one of them is the likeliest
+    # one of them is the likeliest
+    head[it.banned[0]], head[it.banned[1]] = numbers(32) * 3, numbers(32) * -3
     stock = stock_copy(family, models[family], it.policy)
     tokens, mask, logp = mmau.rollout(it.policy, it.prompts, uniforms(9, 2, 10), STOP, 0)
     options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": STOP, "pad_token_id": 0}
@@ -640,10 +784,15 @@ def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
 
 
 def slow_completion(model, inputs, chance, banned, temperature):
-    """One completion, without a cache: at each step the stock model hears and reads everything again."""
+    """One completion, without a cache: at each step the stock model hears and reads everything
+    again."""
     ids, start = inputs["input_ids"], inputs["input_ids"].shape[1]
     for number in chance.tolist():
-        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -1].double()
+        logits = (
+            model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            .logits[0, -1]
+            .double()
+        )
         logits[banned] = -math.inf
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
         ids = torch.cat([ids, (cumulative <= number).sum().view(1, 1)], dim=1)
@@ -662,7 +811,9 @@ def test_sampled_rollouts_against_a_slow_loop(models, family, rank, temperature)
         for j in range(5):
             expected = slow_completion(stock, one, chance[i, j], it.banned, temperature)
             assert tokens[i, j][mask[i, j]].tolist() == expected
-        own, kept, _ = mmau.rollout(it.policy, it.prompts[i : i + 1], chance[i : i + 1], STOP, temperature)
+        own, kept, _ = mmau.rollout(
+            it.policy, it.prompts[i : i + 1], chance[i : i + 1], STOP, temperature
+        )
         assert torch.equal(kept[0], mask[i, :, : kept.shape[2]])
         assert torch.equal(own[0], tokens[i, :, : own.shape[2]])
     assert len(set(mask.sum(2).flatten().tolist())) > 2
@@ -673,7 +824,9 @@ def test_sampled_rollouts_against_a_slow_loop(models, family, rank, temperature)
 @torch.no_grad()
 def test_banned_tokens_are_never_sampled(models):
     it = prepare(models["omni"])
-    names = "<|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> <|vision_bos|> <|vision_eos|> <|VIDEO|>"
+    names = (
+        "<|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> <|vision_bos|> <|vision_eos|> <|VIDEO|>"
+    )
     assert it.banned == sorted(it.processor.tokenizer.convert_tokens_to_ids(names.split()))
     head = it.policy.model.get_output_embeddings().weight
     for token in it.banned:
@@ -685,26 +838,53 @@ def test_banned_tokens_are_never_sampled(models):
     assert entropy.isfinite().all()
 
 
-REPEATED = "token_log_probabilities group_advantage adaptive_beta kl_k3 grpo_loss choose_tokens micro_batches"
-REPEATED += " draw_prompts seed_everything reference_policy SharedPrompt attend shared_prompt_attention padding_of"
-REPEATED += " coefficient_statistics my_share save_checkpoint load_checkpoint training_state restore_training_state"
+REPEATED = (
+    "token_log_probabilities group_advantage adaptive_beta kl_k3 grpo_loss choose_tokens "
+    "micro_batches"
+)
+REPEATED += (
+    " draw_prompts seed_everything reference_policy SharedPrompt attend shared_prompt_attention "
+    "padding_of"
+)
+REPEATED += (
+    " coefficient_statistics my_share save_checkpoint load_checkpoint training_state "
+    "restore_training_state"
+)
 REPEATED += " keep_metrics find_run create_run"
 
 
 @pytest.mark.parametrize("name", REPEATED.split())
 def test_what_the_text_script_has_too_is_the_same(name):
-    """That script's loss and gradients are compared with TRL's in its tests; and copies must not drift apart."""
+    """That script's loss and gradients are compared with TRL's in its tests; and copies must not
+    drift apart."""
     assert inspect.getsource(getattr(mmau, name)) == inspect.getsource(getattr(llm, name))
 
 
 @pytest.fixture(scope="module")
 def trl_trainer(tmp_path_factory):
-    """TRL's GRPOTrainer of a text model: it knows no embeddings, and is handed this policy's log-probabilities."""
+    """TRL's GRPOTrainer of a text model: it knows no embeddings, and is handed this policy's
+    log-probabilities."""
     trl = pytest.importorskip("trl")
     folder = tiny_models.make_lm(tmp_path_factory.mktemp("trl") / "lm", "qwen3")
-    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "max_steps": 1}
-    options |= {"loss_type": "grpo", "beta": 0.04, "epsilon": 0.2, "scale_rewards": "group", "temperature": 1.0}
-    options |= {"use_bias_correction_kl": False, "num_generations": 4, "per_device_train_batch_size": 8}
+    options = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "max_steps": 1,
+    }
+    options |= {
+        "loss_type": "grpo",
+        "beta": 0.04,
+        "epsilon": 0.2,
+        "scale_rewards": "group",
+        "temperature": 1.0,
+    }
+    options |= {
+        "use_bias_correction_kl": False,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+    }
     reset_accelerate()
     trainer = trl.GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder),
@@ -732,9 +912,20 @@ def test_the_loss_of_grpo_is_trls(models, trl_trainer, family):
     mine = torch.autograd.grad(loss, logp, retain_graph=True)
 
     trl_trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logp, entropy, None)
-    batch = {"prompt_ids": torch.zeros(8, 1, dtype=torch.long), "prompt_mask": torch.ones(8, 1, dtype=torch.long)}
-    batch |= {"completion_ids": completions.flatten(0, 1), "completion_mask": kept.long(), "advantages": advantage}
-    batch |= {"old_per_token_logps": old, "ref_per_token_logps": ref_logp, "num_items_in_batch": kept.sum()}
+    batch = {
+        "prompt_ids": torch.zeros(8, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(8, 1, dtype=torch.long),
+    }
+    batch |= {
+        "completion_ids": completions.flatten(0, 1),
+        "completion_mask": kept.long(),
+        "advantages": advantage,
+    }
+    batch |= {
+        "old_per_token_logps": old,
+        "ref_per_token_logps": ref_logp,
+        "num_items_in_batch": kept.sum(),
+    }
     theirs = trl_trainer._compute_loss(trl_trainer.model, batch)
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
     torch.testing.assert_close(mine, torch.autograd.grad(theirs, logp), rtol=1e-4, atol=1e-7)
@@ -742,10 +933,14 @@ def test_the_loss_of_grpo_is_trls(models, trl_trainer, family):
     assert (logp - ref_logp)[kept].abs().max() > 0.01
 
 
-# ------------------------------------------------------------------------------------- D. the program as a user runs it
+# ----------------------------------------------------------------- D. the program as a user runs it
 
 
-KINDS = {"adrpo": [], "grpo": ["--method", "grpo"], "full": ["--lora-rank", "0", "--learning-rate", "1e-3"]}
+KINDS = {
+    "adrpo": [],
+    "grpo": ["--method", "grpo"],
+    "full": ["--lora-rank", "0", "--learning-rate", "1e-3"],
+}
 KIND_MODELS = {"adrpo": "says omni", "grpo": "says qwen2-audio", "full": "says qwen2-audio"}
 
 
@@ -754,7 +949,15 @@ def runs(models, base_flags, tmp_path_factory):
     """Finished runs: {kind: (folder, standard output)}."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
     for kind, flags in KINDS.items():
-        own = ["--model-id", models[KIND_MODELS[kind]], "--output-dir", folder, "--run-name", kind, *flags]
+        own = [
+            "--model-id",
+            models[KIND_MODELS[kind]],
+            "--output-dir",
+            folder,
+            "--run-name",
+            kind,
+            *flags,
+        ]
         made[kind] = folder / kind, finish(*base_flags, *own)
     return made
 
@@ -769,26 +972,42 @@ def base(base_flags, tmp_path_factory):
 
 
 def official_script(rows):
-    """MMAU's evaluation.py again: rows without `model_output` do not count. {task or total: percent}."""
+    """MMAU's evaluation.py again: rows without `model_output` do not count. {task or total:
+    percent}."""
     right, count = {}, {}
     for row in rows:
         if "model_output" not in row:
             continue
         for key in (row["task"], "total"):
             count[key] = count.get(key, 0) + 1
-            right[key] = right.get(key, 0) + official(row["answer"], row["model_output"], row["choices"])
+            right[key] = right.get(key, 0) + official(
+                row["answer"], row["model_output"], row["choices"]
+            )
     return {key: 100 * right[key] / count[key] for key in count}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
     run, out = runs[kind]
-    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "tfevents" not in path.name}
-    expected = {"args.json", "metrics.jsonl", "summary.json", "checkpoints/000001.pt", "checkpoints/000002.pt"}
+    names = {
+        str(path.relative_to(run))
+        for path in run.rglob("*")
+        if path.is_file() and "tfevents" not in path.name
+    }
+    expected = {
+        "args.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints/000001.pt",
+        "checkpoints/000002.pt",
+    }
     expected |= {f"samples/{step:06d}.json" for step in range(3)} | {"final/tokenizer.json"}
     expected |= {"final/config.json" if kind == "full" else "final/adapter_config.json"}
     assert expected == {name for name in names if not name.startswith("final/") or name in expected}
-    assert "6 training questions, 3 for evaluation; 0 clips are cut to 4 s; stop tokens ['<|im_end|>']" in out
+    assert (
+        "6 training questions, 3 for evaluation; 0 clips are cut to 4 s; stop tokens ['<|im_end|>']"
+        in out
+    )
     assert str(run / "final") in out
     rows = read_metrics(run, timing=True)
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -797,8 +1016,12 @@ def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
     assert rows[1]["sampling/sampling_logp_difference/mean"] < 1e-5
     assert rows[1]["reward/std"] > 0
     assert rows[1]["adrpo/coefficient_max"] == pytest.approx(0.04 if kind == "grpo" else 0.08)
-    assert rows[1]["adrpo/coefficient_min"] == pytest.approx(0.04 if kind == "grpo" else 0, abs=1e-9)
-    mixed = sum(w * rows[1][f"reward/{name}"] for w, name in zip((5, 1, 1, 1, 1), mmau.REWARDS, strict=True))
+    assert rows[1]["adrpo/coefficient_min"] == pytest.approx(
+        0.04 if kind == "grpo" else 0, abs=1e-9
+    )
+    mixed = sum(
+        w * rows[1][f"reward/{name}"] for w, name in zip((5, 1, 1, 1, 1), mmau.REWARDS, strict=True)
+    )
     assert rows[1]["reward/mean"] == pytest.approx(mixed, rel=1e-5)
     events = EventAccumulator(str(run), size_guidance={"histograms": 0})
     events.Reload()
@@ -808,7 +1031,11 @@ def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
         said = json.loads((run / "samples" / f"{step:06d}.json").read_text())
         assert [row["id"] for row in said] == ["q0", "q1", "q2"]
         scores = official_script(said)
-        assert rows[step]["eval/accuracy"] == pytest.approx(scores["total"]) == summary[name]["accuracy"]
+        assert (
+            rows[step]["eval/accuracy"]
+            == pytest.approx(scores["total"])
+            == summary[name]["accuracy"]
+        )
         for task in mmau.TASKS:
             assert rows[step][f"eval/accuracy_{task}"] == scores[task]
         assert all(row["model_output"] == row["model_prediction"] for row in said)
@@ -820,14 +1047,21 @@ def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
             assert rows[0]["eval/keywords"] == pytest.approx(2 / 3)
     before = load_file(models[KIND_MODELS[kind]] / "model.safetensors") if kind == "full" else base
     after = weights(run)
-    moved = {name for name in after if kind == "grpo" or not torch.equal(after[name].float(), before[name].float())}
+    moved = {
+        name
+        for name in after
+        if kind == "grpo" or not torch.equal(after[name].float(), before[name].float())
+    }
     if kind == "full":
         assert set(before) == set(after)
         trained = re.compile(r".*language_model\.(model\.)?(layers|norm)\..*|.*lm_head\.weight")
         assert moved == {name for name in before if trained.fullmatch(name)}
         assert any("audio_tower" in name for name in before)
     else:
-        assert all(re.search(r"language_model\.layers\.\d\..*_proj\.lora_[AB]\.weight", name) for name in after)
+        assert all(
+            re.search(r"language_model\.layers\.\d\..*_proj\.lora_[AB]\.weight", name)
+            for name in after
+        )
         assert len(moved) == 2 * 2 * 7
 
 
@@ -854,7 +1088,9 @@ def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, run
             assert torch.equal(it.policy.model(**one).logits, first)
     text = "<|audio_bos|><|AUDIO|><|audio_eos|>Who?"
     ids = [
-        AutoProcessor.from_pretrained(place)(text=text, audio=[sound(1)], sampling_rate=16000, return_tensors="pt")
+        AutoProcessor.from_pretrained(place)(
+            text=text, audio=[sound(1)], sampling_rate=16000, return_tensors="pt"
+        )
         for place in (run / "final", folder)
     ]
     assert torch.equal(ids[0]["input_ids"], ids[1]["input_ids"])
@@ -863,12 +1099,35 @@ def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, run
 
 @pytest.mark.parametrize("method,k", [("adrpo", 0.5), ("grpo", None)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_iteration_is_the_textbook_on_stock_models(models, files, base_flags, tmp_path, family, method, k):
-    """One iteration of two updates, again: separate sequences with their clips, loops, plain AdamW."""
+def test_an_iteration_is_the_textbook_on_stock_models(
+    models, files, base_flags, tmp_path, family, method, k
+):
+    """One iteration of two updates, again: separate sequences with their clips, loops, plain
+    AdamW."""
     folder = models[f"says {family}"]
-    flags = ["--iterations", "1", "--updates-per-rollout", "2", "--learning-rate", "5e-2", "--method", method]
-    flags += ["--adv-clip-k", k, "--max-grad-norm", "0.5", "--temperature", "0.9", "--model-id", folder]
-    finish(*base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r", "--train-tokens", "150")
+    flags = [
+        "--iterations",
+        "1",
+        "--updates-per-rollout",
+        "2",
+        "--learning-rate",
+        "5e-2",
+        "--method",
+        method,
+    ]
+    flags += [
+        "--adv-clip-k",
+        k,
+        "--max-grad-norm",
+        "0.5",
+        "--temperature",
+        "0.9",
+        "--model-id",
+        folder,
+    ]
+    finish(
+        *base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r", "--train-tokens", "150"
+    )
 
     mmau.seed_everything(1)
     model, processor = mmau.load_model(mmau.Args(model_id=str(folder), lora_rank=4), torch.float32)
@@ -878,7 +1137,10 @@ def test_an_iteration_is_the_textbook_on_stock_models(models, files, base_flags,
     every = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
     rows = [every[i] for i in mmau.draw_prompts(6, 2, 0, 1)]
     for row in rows:
-        wave, text = soundfile.read(files / row["audio"], dtype="float32")[0], mmau.build_prompt(processor, row, 50)
+        wave, text = (
+            soundfile.read(files / row["audio"], dtype="float32")[0],
+            mmau.build_prompt(processor, row, 50),
+        )
         inputs.append(processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt"))
         embeds.append(mmau.embed_question(policy, processor, text, wave, CPU))
     chance = torch.rand(2, 4, 12, generator=mmau.seed_everything(1, 1))
@@ -889,10 +1151,19 @@ def test_an_iteration_is_the_textbook_on_stock_models(models, files, base_flags,
             ids = tokens[p, g][mask[p, g]]
             text = processor.tokenizer.decode(ids, skip_special_tokens=True)
             values = [mmau.reward_accuracy(text, rows[p]), mmau.reward_format(text, True)]
-            values += [mmau.reward_consistency(text, rows[p]), mmau.reward_keywords(text), 1 - len(ids) / 12]
+            values += [
+                mmau.reward_consistency(text, rows[p]),
+                mmau.reward_keywords(text),
+                1 - len(ids) / 12,
+            ]
             rewards[p, g] = torch.tensor(values) @ torch.tensor([5.0, 1, 1, 1, 1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, old, total, norm = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0), None, 0.0, 0.0
+    optimizer, old, total, norm = (
+        torch.optim.AdamW(trained, lr=1e-2, weight_decay=0),
+        None,
+        0.0,
+        0.0,
+    )
     ref_logp = plain(reference, inputs, tokens, banned, 0.9)[0].detach()
     figures = []
     for _ in range(2):
@@ -919,7 +1190,9 @@ def test_an_iteration_is_the_textbook_on_stock_models(models, files, base_flags,
     assert row["losses/grad_norm"] == pytest.approx(norm, rel=2e-3)
     assert row["reward/mean"] == pytest.approx(rewards.mean().item(), rel=1e-5)
     assert row["completions/mean_length"] == pytest.approx(mask.sum(2).float().mean().item())
-    assert [row["kl"], row["entropy"]] == pytest.approx(torch.cat(figures, dim=1).mean(1).tolist(), rel=2e-3)
+    assert [row["kl"], row["entropy"]] == pytest.approx(
+        torch.cat(figures, dim=1).mean(1).tolist(), rel=2e-3
+    )
     assert row["kl"] > 0
     mine, final, start = (
         {re.sub(r"^base_model.model.|\.default", "", name): value for name, value in state.items()}
@@ -931,7 +1204,9 @@ def test_an_iteration_is_the_textbook_on_stock_models(models, files, base_flags,
 @pytest.mark.parametrize(
     "flags", ["--train-tokens 140", "--rollout-batch 1 --eval-batch 3", "--gradient-checkpointing"]
 )
-def test_batch_sizes_and_memory_savers_do_not_change_the_result(base_flags, runs, base, tmp_path, flags):
+def test_batch_sizes_and_memory_savers_do_not_change_the_result(
+    base_flags, runs, base, tmp_path, flags
+):
     finish(*base_flags, "--output-dir", tmp_path, "--run-name", "r", *flags.split())
     assert_same_run(runs["adrpo"][0], tmp_path / "r", base, tolerance=1e-2)
 
@@ -962,14 +1237,26 @@ runpy.run_path(script, run_name="__main__")
 
 
 def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
-    longer = ["--iterations", "4", "--save-every", "2", "--updates-per-rollout", "2", "--lr-schedule", "cosine"]
+    longer = [
+        "--iterations",
+        "4",
+        "--save-every",
+        "2",
+        "--updates-per-rollout",
+        "2",
+        "--lr-schedule",
+        "cosine",
+    ]
     flags = [*base_flags, "--output-dir", tmp_path, *longer]
     finish(*flags, "--run-name", "straight")
     command = [sys.executable, "-c", DYING, str(SCRIPT), *map(str, flags), "--run-name", "killed"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     killed = tmp_path / "killed"
-    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"000002.pt", "000004.part"}
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {
+        "000002.pt",
+        "000004.part",
+    }
     time.sleep(1.1)  # TensorBoard orders its files by the second
     os.utime(killed / "args.json")  # the newest run
     finish("--resume", "latest", "--output-dir", tmp_path)
@@ -978,8 +1265,13 @@ def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3, 4]
     one, other = (mmau.load_checkpoint(run) for run in (tmp_path / "straight", killed))
-    torch.testing.assert_close(one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0)
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "killed")]
+    torch.testing.assert_close(
+        one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0
+    )
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text())
+        for name in ("straight", "killed")
+    ]
     assert summaries[0] == summaries[1]
 
 
@@ -996,14 +1288,36 @@ def test_a_run_resumes_to_itself(runs, tmp_path, kind, finished):
 
 
 def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path):
-    flags = [*base_flags, "--output-dir", str(tmp_path), "--updates-per-rollout", "2", "--train-tokens", "140"]
+    flags = [
+        *base_flags,
+        "--output-dir",
+        str(tmp_path),
+        "--updates-per-rollout",
+        "2",
+        "--train-tokens",
+        "140",
+    ]
     finish(*flags, "--run-name", "one")
     launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", "2", str(SCRIPT), *flags]
-    result = subprocess.run([*command, "--run-name", "two"], capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        launcher,
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(SCRIPT),
+        *flags,
+    ]
+    result = subprocess.run(
+        [*command, "--run-name", "two"], capture_output=True, text=True, timeout=300, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(tmp_path / "one", tmp_path / "two", base, tolerance=1e-2)
-    said = [json.loads((tmp_path / run / "samples" / "000000.json").read_text()) for run in ("one", "two")]
+    said = [
+        json.loads((tmp_path / run / "samples" / "000000.json").read_text())
+        for run in ("one", "two")
+    ]
     assert said[0] == said[1]
 
 
@@ -1032,11 +1346,14 @@ fully_shard(policy, mesh=mesh)
 assert not any(p.shape == p.to_local().shape for p in policy.parameters() if p.dim() > 1)
 text = mmau.build_prompt(processor, {"question": "Who?", "choices": ["Man", "Woman"]}, 50)
 generator = torch.Generator().manual_seed(rank)
-wave, chance = torch.rand(12000 + 3000 * rank, generator=generator).numpy(), torch.rand(1, 3, 8, generator=generator)
+wave, chance = torch.rand(12000 + 3000 * rank, generator=generator).numpy(), \
+torch.rand(1, 3, 8, generator=generator)
 for _ in range(2):  # before and after a backward pass
-    heard = [mmau.embed_question(p, processor, text, wave, torch.device("cpu")) for p in (policy, whole)]
+    heard = [mmau.embed_question(p, processor, text, wave, torch.device("cpu")) \
+for p in (policy, whole)]
     assert torch.equal(*heard)
-    drawn = [mmau.rollout(p, heard[:1], chance, [2], 1.0, everyone_done=step_together) for p in (policy, whole)]
+    drawn = [mmau.rollout(p, heard[:1], chance, [2], 1.0, everyone_done=step_together) \
+for p in (policy, whole)]
     assert torch.equal(drawn[0][0], drawn[1][0])
     torch.testing.assert_close(drawn[0][2], drawn[1][2])
     for p in (policy, whole):
@@ -1056,9 +1373,19 @@ os._exit(0)  # not by the front door: gloo sometimes aborts there, which is not 
 def test_a_sharded_policy_hears_speaks_and_learns_as_a_whole_one(models, tmp_path):
     (tmp_path / "program.py").write_text(SHARDED)
     launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", "2", tmp_path / "program.py"]
+    command = [
+        sys.executable,
+        "-c",
+        launcher,
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "program.py",
+    ]
     command += [ROOT, models["omni"]]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False
+    )
     assert "the same" in result.stdout, result.stderr[-3000:]
 
 
@@ -1075,22 +1402,39 @@ def test_evaluation_of_an_adapter_under_several_budgets(eval_flags, runs, files,
     tokenizer = AutoProcessor.from_pretrained(run / "final").tokenizer
     for place, point in enumerate(points["points"]):
         budget = f"{point['budget']:03d}"
-        said = json.loads((tmp_path / "tuned" / "samples" / f"predictions-{budget}.json").read_text())
+        said = json.loads(
+            (tmp_path / "tuned" / "samples" / f"predictions-{budget}.json").read_text()
+        )
         facts = json.loads((tmp_path / "tuned" / f"mmau-{budget}.json").read_text())
         expected = official_script(said)
-        assert facts["scores"]["total"]["total"]["accuracy"] == pytest.approx(expected["total"]) == point["accuracy"]
+        assert (
+            facts["scores"]["total"]["total"]["accuracy"]
+            == pytest.approx(expected["total"])
+            == point["accuracy"]
+        )
         for task, scores in facts["scores"]["task"].items():
             assert scores["accuracy"] == expected[task]
-        assert (tmp_path / "tuned" / f"mmau-{budget}.md").read_text() == mmau.score_table(facts["scores"])
+        assert (tmp_path / "tuned" / f"mmau-{budget}.md").read_text() == mmau.score_table(
+            facts["scores"]
+        )
         assert "| task: speech |" in out
         thought = [len(tokenizer(mmau.block(row["completion"], "think")).input_ids) for row in said]
-        assert facts["figures"]["reasoning_tokens"] == pytest.approx(np.mean(thought)) == point["tokens"]
-        first = json.loads((tmp_path / "base" / "samples" / f"predictions-{budget}.json").read_text())
+        assert (
+            facts["figures"]["reasoning_tokens"]
+            == pytest.approx(np.mean(thought))
+            == point["tokens"]
+        )
+        first = json.loads(
+            (tmp_path / "base" / "samples" / f"predictions-{budget}.json").read_text()
+        )
         assert {row["model_output"] for row in first} == {"Man"}
-        right = json.loads((tmp_path / "base" / f"mmau-{budget}.json").read_text())["scores"]["total"]["total"]["right"]
+        right = json.loads((tmp_path / "base" / f"mmau-{budget}.json").read_text())["scores"][
+            "total"
+        ]["total"]["right"]
         assert right == sum(row["answer"] == "Man" for row in first) == 2
         figures = json.loads((tmp_path / "base" / f"mmau-{budget}.json").read_text())["figures"]
-        assert figures["format"] == (place > 0)  # without thinking, a think block is no right format
+        # without thinking, a think block is no right format
+        assert figures["format"] == (place > 0)
     # the adapter of the training's last evaluation, the same budget: the same words
     finish(*eval_flags, "--output-dir", tmp_path, "--run-name", "same", "--adapter", run / "final")
     said = json.loads((tmp_path / "same" / "samples" / "predictions-050.json").read_text())
@@ -1111,7 +1455,9 @@ def read_strictly(run):
     return found
 
 
-def test_what_is_undefined_is_null_in_every_json_file(eval_flags, base_flags, files, tmp_path, monkeypatch):
+def test_what_is_undefined_is_null_in_every_json_file(
+    eval_flags, base_flags, files, tmp_path, monkeypatch
+):
     rows = [row | {"weight": math.nan} for row in json.loads((files / "eval.json").read_text())]
     spec = write_rows(tmp_path / "e.json", rows)
     flags = [*eval_flags, "--eval-data", spec, "--output-dir", tmp_path, "--run-name", "e"]
@@ -1121,7 +1467,8 @@ def test_what_is_undefined_is_null_in_every_json_file(eval_flags, base_flags, fi
     assert found["scaling.json"][0]["slope"] is None
     assert found["scaling.json"][0]["slope_pinned"] is None
     assert found["predictions-025.json"][0][0]["weight"] is None
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: the peak memory is not known
+    # as on Windows: the peak memory is not known
+    monkeypatch.setitem(sys.modules, "resource", None)
     finish(*base_flags, "--eval-data", spec, "--output-dir", tmp_path, "--run-name", "r")
     found = read_strictly(tmp_path / "r")
     assert {"args.json", "metrics.jsonl", "summary.json", "000000.json"} <= set(found)
@@ -1141,10 +1488,20 @@ def test_the_real_clip_with_its_real_question(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps([row]))
     folder = tiny_models.make_audio_lm(tmp_path / "model", "qwen2-audio", seconds=30, says=SAYS)
     flags = [*TINY.split(), "--model-id", folder, "--audio-dir", DATA, "--output-dir", tmp_path]
-    flags += ["--train-data", tmp_path / "one.json", "--eval-data", tmp_path / "one.json", "--eval-audio-dir", DATA]
+    flags += [
+        "--train-data",
+        tmp_path / "one.json",
+        "--eval-data",
+        tmp_path / "one.json",
+        "--eval-audio-dir",
+        DATA,
+    ]
     assert "--train-on-eval" in refused(*flags)
     out = finish(*flags, "--train-on-eval", "--run-name", "r", "--max-audio-seconds", "5")
-    assert f"{int(soundfile.info(clip).duration > 5)} clips are cut to 5 s" in out or "2 clips are cut to 5 s" in out
+    assert (
+        f"{int(soundfile.info(clip).duration > 5)} clips are cut to 5 s" in out
+        or "2 clips are cut to 5 s" in out
+    )
     assert read_metrics(tmp_path / "r")[2]["kl"] > 0
     flags = [
         "--cpu",
@@ -1156,7 +1513,14 @@ def test_the_real_clip_with_its_real_question(tmp_path):
         "--eval-audio-dir",
         DATA,
     ]
-    flags += ["--eval-data", DATA / "mmau-test-mini.json", "--eval-max", "1", "--output-dir", tmp_path]
+    flags += [
+        "--eval-data",
+        DATA / "mmau-test-mini.json",
+        "--eval-max",
+        "1",
+        "--output-dir",
+        tmp_path,
+    ]
     finish(*flags, "--max-completion-length", "12", "--run-name", "e")
     said = json.loads((tmp_path / "e" / "samples" / "predictions-050.json").read_text())
     assert len(said) == 1
@@ -1164,12 +1528,14 @@ def test_the_real_clip_with_its_real_question(tmp_path):
     assert {"model_output", "model_prediction", "completion"} <= set(said[0])
 
 
-# ------------------------------------------------------------------------------------------------------------ E. data
+# ------------------------------------------------------------------------------------------ E. data
 
 
 def write_rows(path, rows):
     lines = path.suffix == ".jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n" if lines else json.dumps(rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(map(json.dumps, rows)) + "\n\n" if lines else json.dumps(rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -1179,9 +1545,24 @@ def test_every_layout_is_read(files, tmp_path):
         rows = mmau.read_questions("train-data", write_rows(tmp_path / name, ours))
         assert rows == [{"id": str(i), **row} for i, row in enumerate(ours)]
     avqa = [
-        {"id": 183, "video_name": "-Hxj_9mKBM4_000030", "video_id": 9, "question_text": "What made the video sound?"}
-        | {"multi_choice": ["bus", "car", "owl", "crow"], "answer": 2, "question_relation": "Sound"},
-        {"id": 184, "video_name": "x", "question_text": "What?", "multi_choice": ["a", "b"], "answer": 0},
+        {
+            "id": 183,
+            "video_name": "-Hxj_9mKBM4_000030",
+            "video_id": 9,
+            "question_text": "What made the video sound?",
+        }
+        | {
+            "multi_choice": ["bus", "car", "owl", "crow"],
+            "answer": 2,
+            "question_relation": "Sound",
+        },
+        {
+            "id": 184,
+            "video_name": "x",
+            "question_text": "What?",
+            "multi_choice": ["a", "b"],
+            "answer": 0,
+        },
     ]
     rows = mmau.read_questions("train-data", write_rows(tmp_path / "avqa.json", avqa))
     assert [row["audio"] for row in rows] == ["-Hxj_9mKBM4_000030.wav", "x.wav"]
@@ -1190,7 +1571,9 @@ def test_every_layout_is_read(files, tmp_path):
     assert rows[0]["question"] == "What made the audio sound?"
     rows = mmau.read_questions("eval-data", str(files / "eval.json"))
     assert [(row["id"], row["audio"]) for row in rows[:1]] == [("q0", "./elsewhere/6.wav")]
-    found, problems = mmau.find_clips("eval-data", str(files / "eval.json"), str(files / "wavs"), rows, {})
+    found, problems = mmau.find_clips(
+        "eval-data", str(files / "eval.json"), str(files / "wavs"), rows, {}
+    )
     assert not problems
     assert [question.clip for question in found] == [files / "wavs" / f"{i}.wav" for i in (6, 7, 8)]
 
@@ -1199,10 +1582,22 @@ def test_every_layout_is_read(files, tmp_path):
 def test_a_run_on_avqas_layout_holds_out_every_tenth(models, files, tmp_path, number_ids):
     rows = []
     for i in range(12):
-        row = {"id": 100 + i if number_ids else f"a{i}", "video_name": f"{i % 9}", "question_text": "Who?"}
+        row = {
+            "id": 100 + i if number_ids else f"a{i}",
+            "video_name": f"{i % 9}",
+            "question_text": "Who?",
+        }
         rows.append(row | {"multi_choice": CHOICES, "answer": i % 4, "question_relation": "Sound"})
     spec = write_rows(tmp_path / "avqa.json", rows)
-    flags = [*TINY.split(), "--model-id", models["says omni"], "--train-data", spec, "--audio-dir", files / "wavs"]
+    flags = [
+        *TINY.split(),
+        "--model-id",
+        models["says omni"],
+        "--train-data",
+        spec,
+        "--audio-dir",
+        files / "wavs",
+    ]
     out = finish(*flags, "--iterations", "1", "--output-dir", tmp_path, "--run-name", "r")
     assert "10 training questions, 2 for evaluation (every tenth)" in out
     said = json.loads((tmp_path / "r" / "samples" / "000000.json").read_text())
@@ -1236,7 +1631,9 @@ def test_audio_is_mono_at_16_khz(tmp_path, rate, channels, kind):
     expected = tone if channels == 1 else (tone + 0.2 * np.sin(2 * np.pi * 1000 * time_)) / 2
     assert np.abs(got - expected)[800:-800].max() < 2e-3  # the tone itself, away from the ends
     stored = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(1)
-    np.testing.assert_allclose(got, stored if rate == 16000 else soxr.resample(stored, rate, 16000), atol=1e-6)
+    np.testing.assert_allclose(
+        got, stored if rate == 16000 else soxr.resample(stored, rate, 16000), atol=1e-6
+    )
     assert mmau.clip_problem(path) is None
     cut = mmau.load_audio(path, 0.5)
     assert cut.shape == (8000,)
@@ -1249,14 +1646,25 @@ def test_longer_clips_are_cut_and_counted(models, files, eval_flags, tmp_path):
     for i, seconds in enumerate((6.0, 2.0, 1.0)):  # the extractor's window is 4 s
         soundfile.write(tmp_path / "wavs" / f"{i + 6}.wav", sound(seconds, i, 8000), 8000)
     spec = write_rows(tmp_path / "e.json", rows)
-    flags = [*eval_flags, "--eval-data", spec, "--eval-audio-dir", tmp_path / "wavs", "--output-dir", tmp_path]
+    flags = [
+        *eval_flags,
+        "--eval-data",
+        spec,
+        "--eval-audio-dir",
+        tmp_path / "wavs",
+        "--output-dir",
+        tmp_path,
+    ]
     assert "1 clips are cut to 4 s" in finish(*flags, "--run-name", "a")
-    assert "2 clips are cut to 1.5 s" in finish(*flags, "--run-name", "b", "--max-audio-seconds", "1.5")
+    assert "2 clips are cut to 1.5 s" in finish(
+        *flags, "--run-name", "b", "--max-audio-seconds", "1.5"
+    )
 
 
 @pytest.fixture(scope="session")
 def broken(files, tmp_path_factory):
-    """A folder of five clips that cannot be used and a good one; e.json with a question for each."""
+    """A folder of five clips that cannot be used and a good one; e.json with a question for
+    each."""
     folder = tmp_path_factory.mktemp("broken")
     shutil.copy(files / "wavs" / "3.wav", folder / "good.wav")
     (folder / "empty.wav").write_bytes(b"")
@@ -1267,7 +1675,10 @@ def broken(files, tmp_path_factory):
         whole = (folder / f"cut.{kind}").read_bytes()
         (folder / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
     names = ["missing.wav", "empty.wav", "good.wav", "short.wav", "text.wav", "cut.wav", "cut.flac"]
-    rows = [{"id": f"{i}", "audio": name, "question": "Who?", "choices": CHOICES} for i, name in enumerate(names)]
+    rows = [
+        {"id": f"{i}", "audio": name, "question": "Who?", "choices": CHOICES}
+        for i, name in enumerate(names)
+    ]
     rows = [row | {"answer": "Man", "task": "sound"} for row in rows]
     write_rows(folder / "e.json", rows)
     write_rows(folder / "none.json", [row for row in rows if row["audio"] != "good.wav"])
@@ -1275,15 +1686,33 @@ def broken(files, tmp_path_factory):
 
 
 def test_clips_that_cannot_be_used_are_listed_and_wrong(eval_flags, broken, tmp_path):
-    out = finish(*eval_flags, "--eval-data", broken / "e.json", "--eval-audio-dir", broken, "--output-dir", tmp_path)
+    out = finish(
+        *eval_flags,
+        "--eval-data",
+        broken / "e.json",
+        "--eval-audio-dir",
+        broken,
+        "--output-dir",
+        tmp_path,
+    )
     (run,) = tmp_path.iterdir()
-    skipped = {Path(path).name: reason for path, reason in json.loads((run / "skipped.json").read_text()).items()}
+    skipped = {
+        Path(path).name: reason
+        for path, reason in json.loads((run / "skipped.json").read_text()).items()
+    }
     assert skipped["missing.wav"] == "not found"
     assert skipped["short.wav"].startswith("100 samples: shorter")
     assert set(skipped) >= {"empty.wav", "text.wav", "cut.flac"}
     assert all(skipped.values())
     said = json.loads((run / "samples" / "predictions-050.json").read_text())
-    assert [bool(row["model_output"]) for row in said if Path(row["audio"]).name != "cut.wav"] == [0, 0, 1, 0, 0, 0]
+    assert [bool(row["model_output"]) for row in said if Path(row["audio"]).name != "cut.wav"] == [
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+    ]
     total = json.loads((run / "mmau-050.json").read_text())["scores"]["total"]["total"]
     assert total["count"] == 7
     assert official_script(said)["total"] == total["accuracy"]
@@ -1311,17 +1740,24 @@ KEPT = ["6.wav", "7.mp3", "8.flac"]
 
 
 def write_dataset(path, rows, column):
-    """A parquet file with audio in it, as the hub has: `column` of each row is the clip's bytes, or what is there."""
-    cells = [{"bytes": row[column], "path": None} if isinstance(row[column], bytes) else row[column] for row in rows]
-    table = datasets.Dataset.from_list([row | {column: cell} for row, cell in zip(rows, cells, strict=True)])
+    """A parquet file with audio in it, as the hub has: `column` of each row is the clip's bytes, or
+    what is there."""
+    cells = [
+        {"bytes": row[column], "path": None} if isinstance(row[column], bytes) else row[column]
+        for row in rows
+    ]
+    table = datasets.Dataset.from_list(
+        [row | {column: cell} for row, cell in zip(rows, cells, strict=True)]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(table.cast_column(column, datasets.Audio()).data.table, path)  # paths stay paths
+    # paths stay paths
+    parquet.write_table(table.cast_column(column, datasets.Audio()).data.table, path)
 
 
 @pytest.fixture(scope="session")
 def hub(files, tmp_path_factory):
-    """Datasets as folders of parquet files, and the same as e.json and clips: mmau/ in the columns of the hub's MMAU,
-    ours/ in the script's own, others that cannot work."""
+    """Datasets as folders of parquet files, and the same as e.json and clips: mmau/ in the columns
+    of the hub's MMAU, ours/ in the script's own, others that cannot work."""
     folder = tmp_path_factory.mktemp("hub")
     rows = json.loads((files / "eval.json").read_text())
     for row, name in zip(rows, KEPT, strict=True):
@@ -1332,25 +1768,44 @@ def hub(files, tmp_path_factory):
     clips = [(folder / name).read_bytes() for name in KEPT]
     lettered = []
     for row, clip in zip(rows, clips, strict=True):
-        letters = {choice: f"({letter}) {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)}
+        letters = {
+            choice: f"({letter}) {choice}"
+            for letter, choice in zip("ABCD", row["choices"], strict=True)
+        }
         extra = {key: row[key] for key in ("id", "task", "difficulty", "sub-category", "split")}
-        lettered.append({"context": clip, "instruction": row["question"], "choices": list(letters.values())})
+        lettered.append(
+            {"context": clip, "instruction": row["question"], "choices": list(letters.values())}
+        )
         lettered[-1] |= {"answer": letters[row["answer"]], "other_attributes": json.dumps(extra)}
     write_dataset(folder / "mmau" / "test-00000-of-00001.parquet", lettered, "context")
-    ours = [row | {"audio": clip} for row, clip in zip(without(rows, "audio_id"), clips, strict=True)]
+    ours = [
+        row | {"audio": clip} for row, clip in zip(without(rows, "audio_id"), clips, strict=True)
+    ]
     ours[1]["audio"] = {"bytes": None, "path": str(folder / KEPT[1])}
     write_dataset(folder / "ours" / "data.parquet", ours, "audio")
     for split in ("train", "validation"):
         write_dataset(folder / "two" / f"{split}-0.parquet", ours, "audio")
     for split in ("train", "test"):
-        plain = [row | {"audio": clip} for row, clip in zip(without(ours, "id", "split"), clips, strict=True)]
+        plain = [
+            row | {"audio": clip}
+            for row, clip in zip(without(ours, "id", "split"), clips, strict=True)
+        ]
         write_dataset(folder / "both" / f"{split}-0.parquet", plain, "audio")
-    cells = [b"not a sound", clips[0], clips[0][: len(clips[0]) // 2], {"bytes": None, "path": None}]
+    cells = [
+        b"not a sound",
+        clips[0],
+        clips[0][: len(clips[0]) // 2],
+        {"bytes": None, "path": None},
+    ]
     cells.append({"bytes": None, "path": str(folder / "missing.wav")})
     bad = [ours[0] | {"id": f"b{i}", "audio": cell} for i, cell in enumerate(cells)]
     write_dataset(folder / "broken" / "data.parquet", bad, "audio")
-    write_dataset(folder / "attributes" / "data.parquet", [lettered[0] | {"other_attributes": "{"}], "context")
-    write_dataset(folder / "unanswered" / "data.parquet", [ours[0] | {"answer": None}, ours[1]], "audio")
+    write_dataset(
+        folder / "attributes" / "data.parquet", [lettered[0] | {"other_attributes": "{"}], "context"
+    )
+    write_dataset(
+        folder / "unanswered" / "data.parquet", [ours[0] | {"answer": None}, ours[1]], "audio"
+    )
     (folder / "silent").mkdir()
     (folder / "silent" / "a.csv").write_text("audio,question,answer\n6.wav,Who?,Man\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -1360,7 +1815,8 @@ def hub(files, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["mmau", "ours", "mmau:test"])
 def test_a_dataset_gives_what_the_same_json_gives(models, eval_flags, hub, tmp_path, name):
-    flags = [*eval_flags, "--output-dir", tmp_path, "--model-id", models["omni"]]  # one that listens
+    # one that listens
+    flags = [*eval_flags, "--output-dir", tmp_path, "--model-id", models["omni"]]
     finish(*flags, "--eval-data", hub / "e.json", "--eval-audio-dir", hub, "--run-name", "json")
     finish(*flags, "--eval-data", hub / name, "--run-name", "dataset")
     said, facts = (
@@ -1426,12 +1882,18 @@ def test_revision_and_split_of_a_hub_dataset(hub, tmp_path, monkeypatch):
 
     def load(name, revision):
         asked.append((name, revision))
-        return datasets.DatasetDict({"v2-test": datasets.Dataset.from_file(str(folder / "a.arrow")), "train": local})
+        return datasets.DatasetDict(
+            {"v2-test": datasets.Dataset.from_file(str(folder / "a.arrow")), "train": local}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for spec in ("lab/MMAU", "lab/MMAU@v2", "lab/MMAU@v2:v2-test"):
         rows, _, version = mmau.read_dataset("eval-data", spec)
-        assert version == {"split": "v2-test", "fingerprint": version["fingerprint"], "revision": commit}
+        assert version == {
+            "split": "v2-test",
+            "fingerprint": version["fingerprint"],
+            "revision": commit,
+        }
         assert [row["id"] for row in rows] == ["q0", "q1", "q2"]
     assert asked == [("lab/MMAU", None), ("lab/MMAU", "v2"), ("lab/MMAU", "v2")]
 
@@ -1440,18 +1902,40 @@ def test_revision_and_split_of_a_hub_dataset(hub, tmp_path, monkeypatch):
     "flag,spec,message",
     [
         ("eval-data", "{hub}/mmau:dev", "has no split dev; name one, {hub}/mmau:SPLIT (test)"),
-        ("eval-data", "{hub}/two", "has several splits; name one, {hub}/two:SPLIT (train, validation)"),
-        ("train-data", "{hub}/both", "has several splits; name one, {hub}/both:SPLIT (train, test)"),
-        ("eval-data", "{hub}/silent", "no column of its split train is audio (audio, question, answer); give one with"),
+        (
+            "eval-data",
+            "{hub}/two",
+            "has several splits; name one, {hub}/two:SPLIT (train, validation)",
+        ),
+        (
+            "train-data",
+            "{hub}/both",
+            "has several splits; name one, {hub}/both:SPLIT (train, test)",
+        ),
+        (
+            "eval-data",
+            "{hub}/silent",
+            "no column of its split train is audio (audio, question, answer); give one with",
+        ),
         ("eval-data", "{hub}/nothing", "cannot be loaded ("),
-        ("eval-data", "nobody/nothing", "cannot be loaded (Couldn't reach 'nobody/nothing' on the Hub"),
+        (
+            "eval-data",
+            "nobody/nothing",
+            "cannot be loaded (Couldn't reach 'nobody/nothing' on the Hub",
+        ),
         ("train-data", "nobody/nothing@v1:train", "cannot be loaded ("),
         ("eval-data", "{hub}/attributes", "row 0 cannot be read ("),
-        ("eval-data", "{hub}/unanswered", "row 0 has no answer; a row is audio, question, choices, answer"),
+        (
+            "eval-data",
+            "{hub}/unanswered",
+            "row 0 has no answer; a row is audio, question, choices, answer",
+        ),
     ],
 )
 def test_bad_datasets_get_one_line(base_flags, hub, tmp_path, flag, spec, message):
-    line = refused(*base_flags, "--output-dir", tmp_path / "runs", f"--{flag}", spec.format(hub=hub))
+    line = refused(
+        *base_flags, "--output-dir", tmp_path / "runs", f"--{flag}", spec.format(hub=hub)
+    )
     assert f"error: --{flag} {spec}: {message}".format(hub=hub) in line
     assert not (tmp_path / "runs").exists()
 
@@ -1465,23 +1949,41 @@ def test_training_goes_round_clips_that_cannot_be_used(base_flags, broken, files
     for row in rows:
         row["audio"] = str(broken / row["audio"])
     spec = write_rows(tmp_path / "t.jsonl", rows)
-    out = finish(*base_flags, "--train-data", spec, "--iterations", "1", "--output-dir", tmp_path, "--run-name", "r")
+    out = finish(
+        *base_flags,
+        "--train-data",
+        spec,
+        "--iterations",
+        "1",
+        "--output-dir",
+        tmp_path,
+        "--run-name",
+        "r",
+    )
     assert "3 for evaluation; " in out
     assert "clips cannot be used" in out
 
 
-def test_training_on_a_test_split_or_on_evaluation_questions_needs_the_flag(base_flags, files, tmp_path):
+def test_training_on_a_test_split_or_on_evaluation_questions_needs_the_flag(
+    base_flags, files, tmp_path
+):
     rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
     for name, changes, reason in (
         ("split", {"split": "test-mini"}, "has 1 rows of a test split"),
-        ("same", {"audio": "wavs/6.wav", "question": "Who speaks?"}, "has 1 questions that are in --eval-data too"),
+        (
+            "same",
+            {"audio": "wavs/6.wav", "question": "Who speaks?"},
+            "has 1 questions that are in --eval-data too",
+        ),
     ):
         spec = write_rows(files / f"{name}.json", [rows[0] | changes, *rows[1:]])
         flags = [*base_flags, "--train-data", spec, "--output-dir", tmp_path]
         line = refused(*flags)
         assert reason in line
         assert "--train-on-eval" in line
-        args = mmau.Args(train_data=spec, eval_data=str(files / "eval.json"), eval_audio_dir=str(files / "wavs"))
+        args = mmau.Args(
+            train_data=spec, eval_data=str(files / "eval.json"), eval_audio_dir=str(files / "wavs")
+        )
         args.train_on_eval = True
         assert len(mmau.load_questions(args)[0]) == 6
     rows[0] |= {"audio": "wavs/6.wav", "question": "What else?"}  # another question on a test clip
@@ -1494,19 +1996,37 @@ def test_training_on_a_test_split_or_on_evaluation_questions_needs_the_flag(base
     )
 
 
-# -------------------------------------------------------------------------------------------------------- F. bad input
+# ------------------------------------------------------------------------------------- F. bad input
 
 
 @pytest.fixture(scope="session")
 def bad(models, files, tmp_path_factory):
     """A folder of things that cannot work."""
     folder = tmp_path_factory.mktemp("bad")
-    good = {"id": "a", "audio": str(files / "wavs" / "0.wav"), "question": "Who?", "choices": ["x", "y"], "answer": "x"}
-    changed = {f"no-{key}": {k: v for k, v in good.items() if k != key} for key in ("audio", "question", "choices")}
-    changed |= {"no-answer": good | {"answer": ""}, "other": good | {"answer": "z"}, "task": good | {"task": "noise"}}
-    changed |= {"choices-text": good | {"choices": "x or y"}, "choices-number": good | {"choices": [1, 2], "answer": 1}}
+    good = {
+        "id": "a",
+        "audio": str(files / "wavs" / "0.wav"),
+        "question": "Who?",
+        "choices": ["x", "y"],
+        "answer": "x",
+    }
+    changed = {
+        f"no-{key}": {k: v for k, v in good.items() if k != key}
+        for key in ("audio", "question", "choices")
+    }
+    changed |= {
+        "no-answer": good | {"answer": ""},
+        "other": good | {"answer": "z"},
+        "task": good | {"task": "noise"},
+    }
+    changed |= {
+        "choices-text": good | {"choices": "x or y"},
+        "choices-number": good | {"choices": [1, 2], "answer": 1},
+    }
     changed |= {"question-number": good | {"question": 5}, "audio-number": good | {"audio": 5}}
-    changed |= {"avqa": {"video_name": "x", "question_text": "?", "multi_choice": ["a"], "answer": 1}}
+    changed |= {
+        "avqa": {"video_name": "x", "question_text": "?", "multi_choice": ["a"], "answer": 1}
+    }
     for name, row in changed.items():
         write_rows(folder / f"{name}.jsonl", [row])
     write_rows(folder / "twice.json", [good, good])
@@ -1522,7 +2042,9 @@ def bad(models, files, tmp_path_factory):
     tiny_models.make_lm(folder / "llama", "llama")
     for name, file in (("cut", "model.safetensors"), ("unprocessed", "processor_config.json")):
         shutil.copytree(models["omni"], folder / name)
-        (folder / name / file).write_bytes(b"nothing") if name == "cut" else (folder / name / file).unlink()
+        (folder / name / file).write_bytes(b"nothing") if name == "cut" else (
+            folder / name / file
+        ).unlink()
     return folder
 
 
@@ -1530,7 +2052,10 @@ BAD = [
     ("--model-id {bad}/none", "--model-id {bad}/none: cannot be loaded"),
     ("--model-id {bad}/folder", "--model-id {bad}/folder: cannot be loaded"),
     ("--model-id {bad}/cut", "--model-id {bad}/cut: cannot be loaded"),
-    ("--model-id {bad}/llama", "--model-id {bad}/llama: is a llama; must be Qwen2.5-Omni or Qwen2-Audio"),
+    (
+        "--model-id {bad}/llama",
+        "--model-id {bad}/llama: is a llama; must be Qwen2.5-Omni or Qwen2-Audio",
+    ),
     ("--model-id {bad}/unprocessed", "--model-id {bad}/unprocessed: "),
     ("--train-data no.jsonl", "--train-data no.jsonl: cannot be read"),
     ("--eval-data no.json", "--eval-data no.json: cannot be read"),
@@ -1539,7 +2064,10 @@ BAD = [
     ("--train-data {bad}/object.json", "must be a list of JSON objects"),
     ("--train-data {bad}/strings.jsonl", "must be a list of JSON objects"),
     ("--train-data {bad}/latin.jsonl", "cannot be read ("),
-    ("--train-data {bad}/no-audio.jsonl", "row 0 has no audio; a row is audio, question, choices, answer"),
+    (
+        "--train-data {bad}/no-audio.jsonl",
+        "row 0 has no audio; a row is audio, question, choices, answer",
+    ),
     ("--train-data {bad}/no-question.jsonl", "row 0 has no question"),
     ("--train-data {bad}/no-choices.jsonl", "row 0 has no choices"),
     ("--eval-data {bad}/no-answer.jsonl", "--eval-data {bad}/no-answer.jsonl: row 0 has no answer"),
@@ -1551,10 +2079,22 @@ BAD = [
     ("--train-data {bad}/avqa.jsonl", "row 0 is not AVQA's (IndexError"),
     ("--train-data {bad}/twice.json", "the id a is there twice"),
     ("--eval-data {bad}/task.jsonl", "the task 'noise' is none of sound, music, speech"),
-    ("--audio-dir {bad}/folder", "--train-data {files}/train.jsonl: none of its 6 clips can be used ("),
-    ("--eval-audio-dir {bad}/folder", "--eval-data {files}/eval.json: none of its 3 clips can be used ("),
-    ("--eval-data {broken}/none.json", "--eval-data {broken}/none.json: none of its 6 clips can be used ("),
-    ("--adapter {bad}/adapter", "--adapter {bad}/adapter: must be left out: it goes with --eval-only"),
+    (
+        "--audio-dir {bad}/folder",
+        "--train-data {files}/train.jsonl: none of its 6 clips can be used (",
+    ),
+    (
+        "--eval-audio-dir {bad}/folder",
+        "--eval-data {files}/eval.json: none of its 3 clips can be used (",
+    ),
+    (
+        "--eval-data {broken}/none.json",
+        "--eval-data {broken}/none.json: none of its 6 clips can be used (",
+    ),
+    (
+        "--adapter {bad}/adapter",
+        "--adapter {bad}/adapter: must be left out: it goes with --eval-only",
+    ),
     ("--think-budgets 0 25", "--think-budgets (0, 25): must be left out: it goes with --eval-only"),
     ("--eval-only --adapter {bad}/none", "--adapter {bad}/none: cannot be loaded"),
     ("--eval-only --adapter {bad}/folder", "--adapter {bad}/folder: cannot be loaded"),
@@ -1594,15 +2134,20 @@ def test_flags_that_need_another(models, files, bad, tmp_path):
         *flags,
         "--train-data",
         write_rows(
-            tmp_path / "t.jsonl", [json.loads((bad / "task.jsonl").read_text()) | {"id": f"{i}"} for i in range(2)]
+            tmp_path / "t.jsonl",
+            [json.loads((bad / "task.jsonl").read_text()) | {"id": f"{i}"} for i in range(2)],
         ),
     )  # held out from --train-data
     assert f"--train-data {tmp_path / 't.jsonl'}: the task 'noise'" in line
-    code, _, err = run_script(*flags, "--train-data", files / "train.jsonl", "--reward-weights", "1", "1")
+    code, _, err = run_script(
+        *flags, "--train-data", files / "train.jsonl", "--reward-weights", "1", "1"
+    )
     assert code == 2
     assert "--reward-weights" in err
     mmau.check_args(mmau.Args(train_data="x", prompts_per_update=6), 2)
-    with pytest.raises(mmau.InputError, match="--prompts-per-update 5: must be a multiple of the 2 processes"):
+    with pytest.raises(
+        mmau.InputError, match="--prompts-per-update 5: must be a multiple of the 2 processes"
+    ):
         mmau.check_args(mmau.Args(train_data="x", prompts_per_update=5), 2)
 
 
@@ -1620,10 +2165,14 @@ def test_an_existing_or_unwritable_folder_is_refused(base_flags, runs, tmp_path)
 def test_resume_refuses_other_flags_and_foreign_or_damaged_folders(runs, tmp_path):
     run, _ = runs["adrpo"]
     assert "--beta0 0.5: the resumed run has 0.04" in refused("--resume", run, "--beta0", "0.5")
-    assert "--reward-weights (9.0," in refused("--resume", run, "--reward-weights", "9", "1", "1", "1", "1")
+    assert "--reward-weights (9.0," in refused(
+        "--resume", run, "--reward-weights", "9", "1", "1", "1", "1"
+    )
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "args.json").write_text('{"script": "toy_mnist_flow", "args": {}}')
-    assert "is a run of toy_mnist_flow, not of adrpo_audio_mmau" in refused("--resume", tmp_path / "toy")
+    assert "is a run of toy_mnist_flow, not of adrpo_audio_mmau" in refused(
+        "--resume", tmp_path / "toy"
+    )
     assert "no run of this script" in refused("--resume", "latest", "--output-dir", tmp_path)
     for text in ("{", "[]", '{"script": "adrpo_audio_mmau", "args": {"none": 1}}'):
         (tmp_path / "toy" / "args.json").write_text(text)
@@ -1635,13 +2184,17 @@ def test_resume_refuses_other_flags_and_foreign_or_damaged_folders(runs, tmp_pat
     assert read_metrics(damaged) == read_metrics(run)
 
 
-# ------------------------------------------------------------------------------------------------------ G. help, docs
+# ------------------------------------------------------------------------------------ G. help, docs
 
 
 def test_help_teaches_every_flag():
     code, out, _ = run_script("--help")
     assert code == 0
-    (args,) = (n for n in ast.parse(SCRIPT.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    (args,) = (
+        n
+        for n in ast.parse(SCRIPT.read_text()).body
+        if isinstance(n, ast.ClassDef) and n.name == "Args"
+    )
     for field, after in zip(args.body, [*args.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
@@ -1652,7 +2205,9 @@ def test_help_teaches_every_flag():
 
 
 def test_every_logged_tag_is_documented(runs):
-    written = {tag for kind in KINDS for row in read_metrics(runs[kind][0], timing=True) for tag in row} - {"step"}
+    written = {
+        tag for kind in KINDS for row in read_metrics(runs[kind][0], timing=True) for tag in row
+    } - {"step"}
     prefixes = "reward|eval|losses|adrpo|completions|sampling|clip_ratio|charts"
     documented = set(re.findall(rf"`((?:{prefixes})/[A-Za-z0-9_/]+|kl|entropy)`", DOCS.read_text()))
     assert written | {"adrpo/coefficient"} == documented  # that is a histogram
@@ -1665,7 +2220,11 @@ def test_every_flag_and_name_in_the_docs_exists():
     others |= {"--gpu", "--modes", "--family", "--lengths"}  # of the benchmarks
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | others
     for name in re.findall(r"`([a-z]+_[a-z_]+|[A-Z]+_[A-Z]+)`", text):
-        known = hasattr(mmau, name) or f'"{name}"' in SCRIPT.read_text() or name.startswith("eval_data_")
+        known = (
+            hasattr(mmau, name)
+            or f'"{name}"' in SCRIPT.read_text()
+            or name.startswith("eval_data_")
+        )
         assert known or name in ("other_attributes", "video_name"), name
 
 

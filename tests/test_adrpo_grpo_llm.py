@@ -1,5 +1,6 @@
-"""Tests of adrpo_grpo_llm.py on tiny random language models: its equations, its shared-prompt rows and rollouts against
-stock transformers, its loss against TRL's GRPOTrainer, and the program as a user runs it. No downloads."""
+"""Tests of adrpo_grpo_llm.py on tiny random language models: its equations, its shared-prompt rows
+and rollouts against stock transformers, its loss against TRL's GRPOTrainer, and the program as a
+user runs it. No downloads."""
 
 import ast
 import contextlib
@@ -44,11 +45,19 @@ DOCS = ROOT / "docs" / "adrpo_grpo_llm.md"
 FAMILIES = list(tiny_models.LM_FAMILIES)
 STOP = [tiny_models.EOS, tiny_models.END]
 TIMING = re.compile(r"charts/(seconds_.*|tokens_per_second|peak_memory_gb)")
-TINY = "--cpu --precision fp32 --iterations 2 --prompts-per-update 2 --group-size 4 --max-prompt-length 16"
-TINY += " --max-completion-length 10 --eval-samples 2 --eval-max-prompts 2 --eval-every 1 --save-every 1"
+TINY = (
+    "--cpu --precision fp32 --iterations 2 --prompts-per-update 2 --group-size 4 "
+    "--max-prompt-length 16"
+)
+TINY += (
+    " --max-completion-length 10 --eval-samples 2 --eval-max-prompts 2 --eval-every 1 "
+    "--save-every 1"
+)
 TINY += " --learning-rate 1e-3 --rollout-batch 8 --train-tokens 512"
 PROMPTS = [
-    f"the {who} {verb}" for who in ("a<b cat", "blue old fox", "dog") for verb in ("sees", "finds a", "eats", "is")
+    f"the {who} {verb}"
+    for who in ("a<b cat", "blue old fox", "dog")
+    for verb in ("sees", "finds a", "eats", "is")
 ]
 REWARD = """
 def words(prompts, completions, rows):
@@ -86,7 +95,14 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_flags(models, files):
-    flags = ["--model-id", models["qwen3"], "--dataset", files / "prompts.txt", "--reward", f"{files}/mine.py:words"]
+    flags = [
+        "--model-id",
+        models["qwen3"],
+        "--dataset",
+        files / "prompts.txt",
+        "--reward",
+        f"{files}/mine.py:words",
+    ]
     return [*TINY.split(), *map(str, flags)]
 
 
@@ -96,7 +112,8 @@ def reset_accelerate():
 
 
 def run_script(*flags):
-    """The script with these flags, in this process: (exit message or code, standard output, standard error)."""
+    """The script with these flags, in this process: (exit message or code, standard output,
+    standard error)."""
     reset_accelerate()
     arguments, code = sys.argv, 0
     sys.argv = [str(SCRIPT), *map(str, flags)]
@@ -131,7 +148,10 @@ def read_lines(path):
 
 def read_metrics(run, timing=False):
     rows = read_lines(run / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if timing or not TIMING.fullmatch(name)} for row in rows]
+    return [
+        {name: value for name, value in row.items() if timing or not TIMING.fullmatch(name)}
+        for row in rows
+    ]
 
 
 def weights(run):
@@ -140,13 +160,15 @@ def weights(run):
 
 
 def change(one, other, base):
-    """Size of the difference of two runs' weights, in sizes of the first one's change from `base`."""
+    """Size of the difference of two runs' weights, in sizes of the first one's change from
+    `base`."""
     difference = sum((one[name] - other[name]).square().sum() for name in one)
     return math.sqrt(difference / sum((one[name] - base[name]).square().sum() for name in one))
 
 
 def assert_same_run(one, other, base=None, tolerance=0.0):
-    """Same weights, same metrics: bit for bit, or as far as `tolerance`, relative to what was learnt since `base`."""
+    """Same weights, same metrics: bit for bit, or as far as `tolerance`, relative to what was
+    learnt since `base`."""
     if tolerance:
         assert change(weights(one), weights(other), base) < tolerance
     else:
@@ -157,7 +179,7 @@ def assert_same_run(one, other, base=None, tolerance=0.0):
         assert row == pytest.approx(match, rel=tolerance, abs=tolerance / 100, nan_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------- A. the equations
+# --------------------------------------------------------------------------------- A. the equations
 
 
 def test_group_advantage_against_a_loop():
@@ -173,11 +195,15 @@ def test_group_advantage_against_a_loop():
 
 @pytest.mark.parametrize("k", [None, 0.5, 1.0, 2.0])
 def test_adaptive_beta_against_a_loop(k):
-    advantage = torch.tensor([-5, -0.06, -0.01, 0, 0.01, 0.03, 0.06, 5], dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor(
+        [-5, -0.06, -0.01, 0, 0.01, 0.03, 0.06, 5], dtype=torch.float64, requires_grad=True
+    )
     got = llm.adaptive_beta(advantage, 0.04, k)
     assert not got.requires_grad
     limit = math.inf if k is None else k * 0.04
-    assert got.tolist() == pytest.approx([0.04 - min(max(a, -limit), limit) for a in advantage.tolist()], abs=1e-15)
+    assert got.tolist() == pytest.approx(
+        [0.04 - min(max(a, -limit), limit) for a in advantage.tolist()], abs=1e-15
+    )
     assert (got.min() >= 0) == (k is not None and k <= 1)
     if k == 1:
         assert got[[0, 3, -1]].tolist() == pytest.approx([0.08, 0.04, 0], abs=1e-15)
@@ -214,7 +240,14 @@ def test_huge_differences_stay_finite():
 def loss_inputs():
     logp, old, ref = (-numbers(4, 6, seed=seed).abs() for seed in range(3))
     mask = torch.arange(6) < torch.tensor([6, 1, 4, 3])[:, None]
-    return logp, old, ref, torch.tensor([0.9, -1.2, 0.3, -0.1]).double(), torch.tensor([0, 0.08, 0.02, 0.07]), mask
+    return (
+        logp,
+        old,
+        ref,
+        torch.tensor([0.9, -1.2, 0.3, -0.1]).double(),
+        torch.tensor([0, 0.08, 0.02, 0.07]),
+        mask,
+    )
 
 
 def test_grpo_loss_against_a_slow_loop():
@@ -238,7 +271,12 @@ def test_gradient_at_ratio_one_is_reinforce_plus_kl_and_stops_at_the_mask():
     loss = llm.grpo_loss(logp, logp.detach(), ref, advantage, coefficient.double(), mask, 0.2)
     (gradient,) = torch.autograd.grad(loss, logp)
     pull = 1 - (ref - logp.detach()).exp()  # derivative of k3
-    expected = (-advantage[:, None] + coefficient.double()[:, None] * pull) * mask / mask.sum(1, keepdim=True) / 4
+    expected = (
+        (-advantage[:, None] + coefficient.double()[:, None] * pull)
+        * mask
+        / mask.sum(1, keepdim=True)
+        / 4
+    )
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
     assert (gradient[:, 0] != 0).all()  # a completion of one token is its stop token, and learns
 
@@ -276,10 +314,13 @@ def test_shares_cover_everything_in_order(count, processes):
     assert [i for share in shares for i in share][:count] == list(range(count))
 
 
-@pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.7, 0), (0.2, 0), (1.0, 3), (1.0, 99), (0.7, 4)])
+@pytest.mark.parametrize(
+    "top_p,top_k", [(1.0, 0), (0.7, 0), (0.2, 0), (1.0, 3), (1.0, 99), (0.7, 4)]
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_chosen_tokens_have_the_frequencies_of_the_stock_warpers(temperature, top_p, top_k):
-    """On an even grid of uniforms a token's count is its probability times the grid's size, give or take one."""
+    """On an even grid of uniforms a token's count is its probability times the grid's size, give or
+    take one."""
     logits, grid = numbers(3, 12, dtype=torch.float32) * 1.5, (torch.arange(4000) + 0.5) / 4000
     warped = logits / temperature
     if top_k:
@@ -294,20 +335,24 @@ def test_chosen_tokens_have_the_frequencies_of_the_stock_warpers(temperature, to
 
 def test_choosing_at_the_ends_and_the_likeliest():
     logits = numbers(5, 12, dtype=torch.float32)
-    assert torch.equal(llm.choose_tokens(logits.softmax(-1), torch.rand(5), 0.5, 1), logits.argmax(-1))
+    assert torch.equal(
+        llm.choose_tokens(logits.softmax(-1), torch.rand(5), 0.5, 1), logits.argmax(-1)
+    )
     logits[:, 0] = logits[:, -1] = -math.inf
     for number in (0.0, 1 - 2**-24):
         tokens = llm.choose_tokens(logits.softmax(-1), torch.full((5,), number), 1.0, 0)
         assert ((tokens > 0) & (tokens < 11)).all()
 
 
-# ---------------------------------------------------------------------------------------- B. against stock transformers
+# -------------------------------------------------------------------- B. against stock transformers
 
 
 def make_policy(folder, *, rank=0, checkpointing=False):
     """The policy as the script builds it, its LoRA not zero."""
     lengths = {"max_prompt_length": 16, "max_completion_length": 16}
-    args = llm.Args(model_id=str(folder), lora_rank=rank, gradient_checkpointing=checkpointing, **lengths)
+    args = llm.Args(
+        model_id=str(folder), lora_rank=rank, gradient_checkpointing=checkpointing, **lengths
+    )
     torch.manual_seed(4)
     policy = llm.load_policy(args, torch.float32)
     for name, parameter in policy.named_parameters():
@@ -327,14 +372,21 @@ def stock_copy(folder, policy, attention="sdpa"):
 
 
 def plain(model, prompts, completions, temperature):
-    """Log-probabilities and entropies of completions [B,G,C], each a sequence of its own, right-padded."""
+    """Log-probabilities and entropies of completions [B,G,C], each a sequence of its own,
+    right-padded."""
     rows, group, size = completions.shape
     places = [len(prompt) for prompt in prompts for _ in range(group)]
-    ids = [torch.tensor(prompts[i] + completions[i, j].tolist()) for i in range(rows) for j in range(group)]
+    ids = [
+        torch.tensor(prompts[i] + completions[i, j].tolist())
+        for i in range(rows)
+        for j in range(group)
+    ]
     mask = [torch.ones(len(one), dtype=torch.long) for one in ids]
     ids, mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (ids, mask))
     logits = model(input_ids=ids, attention_mask=mask).logits
-    logits = torch.stack([one[at - 1 : at - 1 + size] for one, at in zip(logits, places, strict=True)])
+    logits = torch.stack(
+        [one[at - 1 : at - 1 + size] for one, at in zip(logits, places, strict=True)]
+    )
     pi = torch.distributions.Categorical(logits=logits.view(rows, group, size, -1) / temperature)
     return pi.log_prob(completions), pi.entropy()
 
@@ -385,9 +437,13 @@ def test_shared_prompt_rows_are_separate_sequences(models, family, rank):
 def test_memory_savers_change_nothing(models, monkeypatch, rank, saver):
     prompts, completions, mask = ragged()
     results, calls, piece = [], [], llm.recompute
-    monkeypatch.setattr(llm, "recompute", lambda *a, **options: calls.append(1) or piece(*a, **options))
+    monkeypatch.setattr(
+        llm, "recompute", lambda *a, **options: calls.append(1) or piece(*a, **options)
+    )
     for saving in (False, True):
-        policy = make_policy(models["qwen3"], rank=rank, checkpointing=saving and "checkpointing" in saver)
+        policy = make_policy(
+            models["qwen3"], rank=rank, checkpointing=saving and "checkpointing" in saver
+        )
         calls.clear()
         monkeypatch.setattr(llm, "LOGITS_AT_ONCE", 1000 if saving and "logits" in saver else 2**26)
         logp, entropy = llm.completion_log_probabilities(policy, prompts, completions, 1.3)
@@ -413,7 +469,8 @@ def test_a_model_with_dropout_is_one_function_or_refused(tmp_path, family):
 
 @pytest.fixture()
 def selections(monkeypatch):
-    """Sizes of the batch (groups, completions) after each time that finished completions left it."""
+    """Sizes of the batch (groups, completions) after each time that finished completions left
+    it."""
     made, select = [], llm.SharedPrompt.select
 
     def recorded(self, groups, slots):
@@ -433,9 +490,16 @@ def test_greedy_rollouts_are_those_of_stock_generate(models, selections, family,
     tokens, mask, logp = llm.rollout(policy, prompts, uniforms(12, 2, 12), STOP, 0)
     lengths = set()
     for i, prompt in enumerate(prompts):
-        options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": STOP, "pad_token_id": 0}
+        options = {
+            "do_sample": False,
+            "max_new_tokens": 12,
+            "eos_token_id": STOP,
+            "pad_token_id": 0,
+        }
         ids = torch.tensor([prompt])
-        expected = stock.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        expected = stock.generate(ids, attention_mask=torch.ones_like(ids), **options)[
+            0, len(prompt) :
+        ].tolist()
         for j in range(2):
             assert tokens[i, j][mask[i, j]].tolist() == expected
         lengths.add(len(expected))
@@ -458,7 +522,9 @@ def slow_completion(model, prompt, numbers_, temperature):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family,rank,temperature", [("qwen3", 0, 1.0), ("mistral", 4, 1.4), ("qwen2", 4, 0.8)])
+@pytest.mark.parametrize(
+    "family,rank,temperature", [("qwen3", 0, 1.0), ("mistral", 4, 1.4), ("qwen2", 4, 0.8)]
+)
 def test_sampled_rollouts_against_a_slow_loop(models, selections, family, rank, temperature):
     policy = make_policy(models[family], rank=rank)
     stock = stock_copy(models[family], policy)
@@ -466,7 +532,9 @@ def test_sampled_rollouts_against_a_slow_loop(models, selections, family, rank, 
     tokens, mask, logp = llm.rollout(policy, prompts, chance, STOP, temperature)
     for i, prompt in enumerate(prompts):
         for j in range(6):
-            assert tokens[i, j][mask[i, j]].tolist() == slow_completion(stock, prompt, chance[i, j], temperature)
+            assert tokens[i, j][mask[i, j]].tolist() == slow_completion(
+                stock, prompt, chance[i, j], temperature
+            )
     ends = tokens.gather(2, mask.sum(2, keepdim=True) - 1).squeeze(2)
     assert (torch.isin(ends, torch.tensor(STOP)) | (mask.sum(2) == 12)).all()
     assert (mask.sum(2) < 12).any()
@@ -498,12 +566,13 @@ def test_a_rollout_goes_on_until_every_process_is_done(models):
     assert all(torch.equal(one, other) for one, other in zip(drawn, waited, strict=True))
 
 
-# -------------------------------------------------------------------------------------------------- C. against TRL 1.16
+# ------------------------------------------------------------------------------ C. against TRL 1.16
 
 
 @pytest.fixture(scope="module")
 def trl_batch(models, tmp_path_factory):
-    """A TRL trainer whose policy has left its reference, a batch that it rolled out, and that batch's rewards [P,G]."""
+    """A TRL trainer whose policy has left its reference, a batch that it rolled out, and that
+    batch's rewards [P,G]."""
     trl = pytest.importorskip("trl")
     import datasets
 
@@ -514,10 +583,31 @@ def trl_batch(models, tmp_path_factory):
         return rewards
 
     reset_accelerate()
-    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "max_steps": 1}
-    options |= {"loss_type": "grpo", "beta": 0.04, "epsilon": 0.2, "scale_rewards": "group", "num_iterations": 1}
-    options |= {"use_bias_correction_kl": False, "temperature": 1.0, "num_generations": 4, "max_completion_length": 10}
-    options |= {"per_device_train_batch_size": 8, "output_dir": str(tmp_path_factory.mktemp("trl")), "seed": 3}
+    options = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "max_steps": 1,
+    }
+    options |= {
+        "loss_type": "grpo",
+        "beta": 0.04,
+        "epsilon": 0.2,
+        "scale_rewards": "group",
+        "num_iterations": 1,
+    }
+    options |= {
+        "use_bias_correction_kl": False,
+        "temperature": 1.0,
+        "num_generations": 4,
+        "max_completion_length": 10,
+    }
+    options |= {
+        "per_device_train_batch_size": 8,
+        "output_dir": str(tmp_path_factory.mktemp("trl")),
+        "seed": 3,
+    }
     trainer = trl.GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(models["qwen3"], dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(models["qwen3"]),
@@ -531,15 +621,21 @@ def trl_batch(models, tmp_path_factory):
             parameter += 0.02 * torch.randn_like(parameter)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    batch = trainer._generate_and_score_completions([{"prompt": PROMPTS[i]} for i in (0, 5) for _ in range(4)])
+    batch = trainer._generate_and_score_completions(
+        [{"prompt": PROMPTS[i]} for i in (0, 5) for _ in range(4)]
+    )
     return trainer, batch, torch.tensor(rewards).view(2, 4)
 
 
 def both_losses(models, trl_batch, old=None, k=None):
-    """(TRL's loss, its gradients), (this script's loss, its gradients), share of clipped tokens. k: with ADRPO's
-    coefficient, TRL's loss being taken one completion at a time, each with its own beta."""
+    """(TRL's loss, its gradients), (this script's loss, its gradients), share of clipped tokens. k:
+    with ADRPO's coefficient, TRL's loss being taken one completion at a time, each with its own
+    beta."""
     trainer, batch, rewards = trl_batch
-    prompts = [ids[kept.bool()].tolist() for ids, kept in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+    prompts = [
+        ids[kept.bool()].tolist()
+        for ids, kept in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    ]
     tokens, mask = (batch[name].view(2, 4, -1) for name in ("completion_ids", "completion_mask"))
     advantage = llm.group_advantage(rewards)
     torch.testing.assert_close(advantage.flatten(), batch["advantages"], rtol=1e-5, atol=1e-6)
@@ -553,7 +649,9 @@ def both_losses(models, trl_batch, old=None, k=None):
         ref_logp, _ = llm.completion_log_probabilities(reference, prompts[::4], tokens, 1.0)
     logp, _ = llm.completion_log_probabilities(policy, prompts[::4], tokens, 1.0)
     flat = [part.flatten(0, 1) for part in (logp, ref_logp, mask)]
-    torch.testing.assert_close(flat[1] * flat[2], batch["ref_per_token_logps"] * flat[2], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        flat[1] * flat[2], batch["ref_per_token_logps"] * flat[2], rtol=1e-4, atol=2e-5
+    )
     before = flat[0].detach() if old is None else old
     loss = llm.grpo_loss(flat[0], before, flat[1], advantage.flatten(), coefficient, flat[2], 0.2)
     loss.backward()
@@ -562,7 +660,11 @@ def both_losses(models, trl_batch, old=None, k=None):
     inputs = {name: value for name, value in batch.items() if name != "old_per_token_logps"}
     inputs |= {} if old is None else {"old_per_token_logps": old}
     total = 0.0
-    parts = [(slice(0, 8), 0.04)] if k is None else [(slice(i, i + 1), coefficient[i].item()) for i in range(8)]
+    parts = (
+        [(slice(0, 8), 0.04)]
+        if k is None
+        else [(slice(i, i + 1), coefficient[i].item()) for i in range(8)]
+    )
     for rows, beta in parts:
         trainer.beta = beta
         part = {name: value[rows] if value.ndim else value for name, value in inputs.items()}
@@ -591,10 +693,14 @@ def test_loss_and_gradients_are_those_of_trl(models, trl_batch, k, stale):
     assert max(gradient.abs().max() for gradient in mine[1].values()) > 0.01
 
 
-# ------------------------------------------------------------------------------------- D. the program as a user runs it
+# ----------------------------------------------------------------- D. the program as a user runs it
 
 
-KINDS = {"adrpo": [], "grpo": ["--method", "grpo"], "lora": ["--lora-rank", "4", "--learning-rate", "1e-2"]}
+KINDS = {
+    "adrpo": [],
+    "grpo": ["--method", "grpo"],
+    "lora": ["--lora-rank", "4", "--learning-rate", "1e-2"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -620,8 +726,18 @@ def base(models, base_flags, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_leaves_everything_behind(runs, base, kind):
     run, out = runs[kind]
-    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "tfevents" not in path.name}
-    expected = {"args.json", "metrics.jsonl", "summary.json", "checkpoints/000001.pt", "checkpoints/000002.pt"}
+    names = {
+        str(path.relative_to(run))
+        for path in run.rglob("*")
+        if path.is_file() and "tfevents" not in path.name
+    }
+    expected = {
+        "args.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints/000001.pt",
+        "checkpoints/000002.pt",
+    }
     expected |= {f"samples/{step:06d}.jsonl" for step in range(3)} | {"final/tokenizer.json"}
     expected |= {"final/adapter_config.json" if kind == "lora" else "final/generation_config.json"}
     assert expected == {name for name in names if not name.startswith("final/") or name in expected}
@@ -653,32 +769,49 @@ def test_metrics_and_samples_of_a_run(runs, kind):
     assert set(events.Tags()["scalars"]) == set().union(*rows) - {"step"}
     for tag in set().union(*rows) - {"step"}:
         logged = {event.step: event.value for event in events.Scalars(tag)}
-        assert logged == pytest.approx({row["step"]: row[tag] for row in rows if tag in row}, rel=1e-5), tag
+        assert logged == pytest.approx(
+            {row["step"]: row[tag] for row in rows if tag in row}, rel=1e-5
+        ), tag
     assert [event.step for event in events.Histograms("adrpo/coefficient")] == [1, 2]
     assert sum(events.Histograms("adrpo/coefficient")[0].histogram_value.bucket) == 8
-    tensors = {event.step: event.tensor_proto for event in events.Tensors("completions/text_summary")}
+    tensors = {
+        event.step: event.tensor_proto for event in events.Tensors("completions/text_summary")
+    }
     texts = {step: tensor.string_val[0].decode() for step, tensor in tensors.items()}
     assert all(html.escape(PROMPTS[0]) in text for text in texts.values())
     assert set(texts) == {0, 1, 2}
     for step in range(3):
         records = read_lines(run / "samples" / f"{step:06d}.jsonl")
         assert [record["prompt"] for record in records] == [PROMPTS[i] for i in (0, 0, 10, 10)]
-        shown = [f"\n{html.escape(record['completion'])}</pre>" in texts[step] for record in records]
+        shown = [
+            f"\n{html.escape(record['completion'])}</pre>" in texts[step] for record in records
+        ]
         assert any(shown[:2])
         assert any(shown[2:])
         assert not re.search(r"<(?!/?pre>)", texts[step])
         tokens = sum(record["tokens"] for record in records)
         row = next(row for row in rows if row["step"] == step)
         assert row["eval/kl"] == pytest.approx(sum(record["kl"] for record in records) / tokens)
-        assert row["eval/entropy"] == pytest.approx(sum(record["entropy"] for record in records) / tokens)
-        assert row["eval/reward"] == pytest.approx(np.mean([record["reward"] for record in records]))
+        assert row["eval/entropy"] == pytest.approx(
+            sum(record["entropy"] for record in records) / tokens
+        )
+        assert row["eval/reward"] == pytest.approx(
+            np.mean([record["reward"] for record in records])
+        )
         assert row["eval/reward"] == row["eval/reward_words"]
         assert row["eval/mean_length"] == tokens / 4
-        expected = [len(set(text.split())) + 0.01 * len(text) for text in (record["completion"] for record in records)]
+        expected = [
+            len(set(text.split())) + 0.01 * len(text)
+            for text in (record["completion"] for record in records)
+        ]
         assert [record["reward"] for record in records] == pytest.approx(expected, rel=1e-6)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["final"] == {name[5:]: value for name, value in rows[2].items() if name.startswith("eval/")}
-    assert summary["base"] == {name[5:]: value for name, value in rows[0].items() if name.startswith("eval/")}
+    assert summary["final"] == {
+        name[5:]: value for name, value in rows[2].items() if name.startswith("eval/")
+    }
+    assert summary["base"] == {
+        name[5:]: value for name, value in rows[0].items() if name.startswith("eval/")
+    }
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -696,7 +829,9 @@ def test_kl_is_exactly_zero_before_the_first_step_in_bf16(base_flags, tmp_path, 
 @pytest.mark.parametrize("kind", ["adrpo", "lora"])
 def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, runs, kind):
     run, _ = runs[kind]
-    stock = AutoModelForCausalLM.from_pretrained(models["qwen3"] if kind == "lora" else run / "final")
+    stock = AutoModelForCausalLM.from_pretrained(
+        models["qwen3"] if kind == "lora" else run / "final"
+    )
     if kind == "lora":
         stock = peft.PeftModel.from_pretrained(stock, run / "final")
     # the same from the weights in the run's checkpoint, put into a model as the script builds it
@@ -704,7 +839,9 @@ def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, run
     state = llm.load_checkpoint(run)["model"]
     missing, unexpected = policy.load_state_dict(state, strict=False)
     assert not unexpected
-    frozen = {name for name, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {
+        name for name, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
     assert set(missing) <= frozen
     policy.model.set_attn_implementation("sdpa")
     ids = torch.arange(6, 30)[None]
@@ -717,24 +854,55 @@ def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, run
         assert torch.equal(before, base(ids).logits)
         assert (before - stock(ids).logits).abs().max() > 1e-3
         assert all((state[name] != 0).any() for name in state if "lora_B" in name)
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (run / "final", models["qwen3"])]
+    tokenizers = [
+        AutoTokenizer.from_pretrained(folder) for folder in (run / "final", models["qwen3"])
+    ]
     assert tokenizers[0]("the red cat").input_ids == tokenizers[1]("the red cat").input_ids
     assert stock.generation_config.eos_token_id == STOP
 
 
 @pytest.mark.parametrize("method,k", [("adrpo", 1.0), ("adrpo", 0.5), ("grpo", None)])
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_an_iteration_is_the_textbook_on_stock_models(models, base_flags, tmp_path, method, k, rank):
-    """One iteration of two updates, again: padded sequences, a loop over completions and plain AdamW."""
-    flags = ["--iterations", "1", "--updates-per-rollout", "2", "--learning-rate", "5e-2", "--method", method]
-    flags += ["--lora-rank", rank, "--adv-clip-k", k, "--max-grad-norm", "0.5", "--temperature", "0.9"]
+def test_an_iteration_is_the_textbook_on_stock_models(
+    models, base_flags, tmp_path, method, k, rank
+):
+    """One iteration of two updates, again: padded sequences, a loop over completions and plain
+    AdamW."""
+    flags = [
+        "--iterations",
+        "1",
+        "--updates-per-rollout",
+        "2",
+        "--learning-rate",
+        "5e-2",
+        "--method",
+        method,
+    ]
+    flags += [
+        "--lora-rank",
+        rank,
+        "--adv-clip-k",
+        k,
+        "--max-grad-norm",
+        "0.5",
+        "--temperature",
+        "0.9",
+    ]
     finish(*base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r")
 
-    args = llm.Args(model_id=str(models["qwen3"]), lora_rank=rank, max_prompt_length=16, max_completion_length=10)
+    args = llm.Args(
+        model_id=str(models["qwen3"]),
+        lora_rank=rank,
+        max_prompt_length=16,
+        max_completion_length=10,
+    )
     llm.seed_everything(1)
     policy = llm.load_policy(args, torch.float32)
     model, reference = (stock_copy(models["qwen3"], policy) for _ in range(2))
-    tokenizer, training = AutoTokenizer.from_pretrained(models["qwen3"]), [p for i, p in enumerate(PROMPTS) if i % 10]
+    tokenizer, training = (
+        AutoTokenizer.from_pretrained(models["qwen3"]),
+        [p for i, p in enumerate(PROMPTS) if i % 10],
+    )
     chosen = [training[row] for row in llm.draw_prompts(10, 2, 0, 1)]
     prompts = [tokenizer(prompt).input_ids for prompt in chosen]
     chance = torch.rand(2, 4, 10, generator=llm.seed_everything(1, 1))
@@ -743,7 +911,12 @@ def test_an_iteration_is_the_textbook_on_stock_models(models, base_flags, tmp_pa
     texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
     rewards = torch.tensor([len(set(text.split())) + 0.01 * len(text) for text in texts]).view(2, 4)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, old, total, norm = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0), None, 0.0, 0.0
+    optimizer, old, total, norm = (
+        torch.optim.AdamW(trained, lr=1e-2, weight_decay=0),
+        None,
+        0.0,
+        0.0,
+    )
     ref_logp = plain(reference, prompts, tokens, 0.9)[0].detach()
     figures = []
     for _ in range(2):
@@ -772,7 +945,9 @@ def test_an_iteration_is_the_textbook_on_stock_models(models, base_flags, tmp_pa
     assert row["reward/mean"] == pytest.approx(rewards.mean().item(), rel=1e-6)
     assert row["completions/mean_length"] == pytest.approx(mask.sum(2).float().mean().item())
     tags = ("kl", "entropy", "clip_ratio/region_mean")
-    assert [row[tag] for tag in tags] == pytest.approx(torch.cat(figures, dim=1).mean(1).tolist(), rel=1e-3)
+    assert [row[tag] for tag in tags] == pytest.approx(
+        torch.cat(figures, dim=1).mean(1).tolist(), rel=1e-3
+    )
     assert min(row[tag] for tag in tags) > 0
     mine, final, start = (
         {re.sub(r"^base_model.model.|\.default", "", name): value for name, value in state.items()}
@@ -783,21 +958,46 @@ def test_an_iteration_is_the_textbook_on_stock_models(models, base_flags, tmp_pa
 
 @pytest.mark.parametrize("kind", ["adrpo", "lora"])
 @pytest.mark.parametrize(  # a group in two unequal parts, one completion a pass, one prompt at once
-    "flags", ["--train-tokens 36", "--train-tokens 1", "--rollout-batch 1", "--gradient-checkpointing"]
+    "flags",
+    ["--train-tokens 36", "--train-tokens 1", "--rollout-batch 1", "--gradient-checkpointing"],
 )
-def test_batch_sizes_and_memory_savers_do_not_change_the_result(base_flags, runs, base, tmp_path, kind, flags):
+def test_batch_sizes_and_memory_savers_do_not_change_the_result(
+    base_flags, runs, base, tmp_path, kind, flags
+):
     finish(*base_flags, *KINDS[kind], "--output-dir", tmp_path, "--run-name", "r", *flags.split())
     before = base["lora" if kind == "lora" else "full"]
     assert_same_run(runs[kind][0], tmp_path / "r", before, tolerance=1e-2)
 
 
-FLAGS = ["--method grpo", "--adv-clip-k None", "--beta0 0.5", "--updates-per-rollout 2", "--temperature 0.7"]
-FLAGS += ["--top-p 0.5", "--top-k 3", "--lr-schedule cosine", "--weight-decay 0.1", "--seed 2", "--chat"]
+FLAGS = [
+    "--method grpo",
+    "--adv-clip-k None",
+    "--beta0 0.5",
+    "--updates-per-rollout 2",
+    "--temperature 0.7",
+]
+FLAGS += [
+    "--top-p 0.5",
+    "--top-k 3",
+    "--lr-schedule cosine",
+    "--weight-decay 0.1",
+    "--seed 2",
+    "--chat",
+]
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_these_flags_do_change_the_result(base_flags, runs, base, tmp_path, flags):
-    finish(*base_flags, "--output-dir", tmp_path, "--run-name", "r", *flags.split(), "--eval-every", "5")
+    finish(
+        *base_flags,
+        "--output-dir",
+        tmp_path,
+        "--run-name",
+        "r",
+        *flags.split(),
+        "--eval-every",
+        "5",
+    )
     assert change(weights(runs["adrpo"][0]), weights(tmp_path / "r"), base["full"]) > 1e-4
 
 
@@ -806,15 +1006,29 @@ def test_greedy_evaluation_and_a_warning_for_small_groups(base_flags, tmp_path):
     out = finish(*base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r")
     assert "warning: --group-size 2" in out
     for step in range(2):
-        texts = [record["completion"] for record in read_lines(tmp_path / "r" / "samples" / f"{step:06d}.jsonl")]
+        texts = [
+            record["completion"]
+            for record in read_lines(tmp_path / "r" / "samples" / f"{step:06d}.jsonl")
+        ]
         assert texts[0] == texts[1]
         assert texts[2] == texts[3]
     rows = read_metrics(tmp_path / "r")
-    assert all(math.isfinite(value) for row in rows for tag, value in row.items() if "distinct_2" not in tag)
+    assert all(
+        math.isfinite(value)
+        for row in rows
+        for tag, value in row.items()
+        if "distinct_2" not in tag
+    )
 
 
 def test_a_reward_model_and_plugins_are_weighted_and_logged(models, files, base_flags, tmp_path):
-    flags = ["--reward-model", models["reward"], "--reward", f"{files}/mine.py:length", f"{files}/mine.py:words"]
+    flags = [
+        "--reward-model",
+        models["reward"],
+        "--reward",
+        f"{files}/mine.py:length",
+        f"{files}/mine.py:words",
+    ]
     flags += ["--reward-weights", "2", "0.1", "-1", "--output-dir", tmp_path]
     finish(*base_flags, *flags, "--run-name", "large")
     finish(*base_flags, *flags, "--run-name", "small", "--reward-batch", "3")
@@ -830,7 +1044,14 @@ def test_a_reward_model_and_plugins_are_weighted_and_logged(models, files, base_
 
 def test_a_reward_model_alone(models, base_flags, tmp_path):
     at = base_flags.index("--reward")
-    flags = [*base_flags[:at], *base_flags[at + 2 :], "--reward-model", models["reward"], "--iterations", "1"]
+    flags = [
+        *base_flags[:at],
+        *base_flags[at + 2 :],
+        "--reward-model",
+        models["reward"],
+        "--iterations",
+        "1",
+    ]
     finish(*flags, "--output-dir", tmp_path, "--run-name", "r")
     row = read_metrics(tmp_path / "r")[1]
     assert row["reward/mean"] == pytest.approx(row["reward/reward"])
@@ -843,7 +1064,11 @@ def test_a_reward_model_alone(models, base_flags, tmp_path):
 
 def test_rows_reach_the_reward_and_long_prompts_are_left_out(base_flags, tmp_path):
     rows = [{"question": prompt, "number": i} for i, prompt in enumerate(PROMPTS)]
-    rows += [{"question": "the " * 17, "number": 12}, {"question": PROMPTS[0], "number": 13}, {"other": "x"}]
+    rows += [
+        {"question": "the " * 17, "number": 12},
+        {"question": PROMPTS[0], "number": 13},
+        {"other": "x"},
+    ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
     (tmp_path / "mine.py").write_text(
         f"PROMPTS = {PROMPTS!r}\n"
@@ -851,7 +1076,14 @@ def test_rows_reach_the_reward_and_long_prompts_are_left_out(base_flags, tmp_pat
         "    assert [PROMPTS[row['number']] for row in rows] == prompts\n"
         "    return [float(row['number']) for row in rows]\n"
     )
-    flags = ["--dataset", tmp_path / "p.jsonl", "--reward", f"{tmp_path}/mine.py:number", "--output-dir", tmp_path]
+    flags = [
+        "--dataset",
+        tmp_path / "p.jsonl",
+        "--reward",
+        f"{tmp_path}/mine.py:number",
+        "--output-dir",
+        tmp_path,
+    ]
     out = finish(*base_flags, *flags, "--run-name", "r")
     assert "10 training prompts, 2 for evaluation" in out
     assert "1 prompts of more than 16 tokens are left out" in out
@@ -863,15 +1095,32 @@ def test_rows_reach_the_reward_and_long_prompts_are_left_out(base_flags, tmp_pat
 
 def test_chat_messages_and_chat_flag_are_the_stock_template(models, base_flags, tmp_path):
     messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in messages))
-    finish(*base_flags, "--dataset", tmp_path / "p.jsonl", "--output-dir", tmp_path, "--run-name", "messages")
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"messages": one}) + "\n" for one in messages)
+    )
+    finish(
+        *base_flags,
+        "--dataset",
+        tmp_path / "p.jsonl",
+        "--output-dir",
+        tmp_path,
+        "--run-name",
+        "messages",
+    )
     finish(*base_flags, "--chat", "--output-dir", tmp_path, "--run-name", "chat")
     assert_same_run(tmp_path / "messages", tmp_path / "chat")
-    assert read_lines(tmp_path / "messages" / "samples" / "000000.jsonl")[0]["prompt"] == messages[0]
+    assert (
+        read_lines(tmp_path / "messages" / "samples" / "000000.jsonl")[0]["prompt"] == messages[0]
+    )
     tokenizer = AutoTokenizer.from_pretrained(models["qwen3"])
-    rows = [{"prompt": [{"role": "system", "content": "is very"}, *messages[0]]}, {"prompt": PROMPTS[1]}]
+    rows = [
+        {"prompt": [{"role": "system", "content": "is very"}, *messages[0]]},
+        {"prompt": PROMPTS[1]},
+    ]
     stock = [rows[0]["prompt"], messages[1]]
-    expected = [tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in stock]
+    expected = [
+        tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in stock
+    ]
     assert [prompt.ids for prompt in llm.encode_prompts(tokenizer, rows, True)] == expected
     assert llm.encode_prompts(tokenizer, rows, False)[1].ids == tokenizer(PROMPTS[1]).input_ids
 
@@ -886,7 +1135,7 @@ def test_held_out_prompts(models, files, tmp_path):
     assert note == "1 of the 2 evaluation prompts are training prompts"
 
 
-# ------------------------------------------------------------------------------------------- kill, resume, processes
+# -------------------------------------------------------------------------- kill, resume, processes
 
 
 # A child that kills itself in the middle of writing its second checkpoint (iteration 4).
@@ -905,7 +1154,16 @@ runpy.run_path(script, run_name="__main__")
 
 
 def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
-    longer = ["--iterations", "4", "--save-every", "2", "--updates-per-rollout", "2", "--lr-schedule", "cosine"]
+    longer = [
+        "--iterations",
+        "4",
+        "--save-every",
+        "2",
+        "--updates-per-rollout",
+        "2",
+        "--lr-schedule",
+        "cosine",
+    ]
     flags = [*base_flags, "--output-dir", tmp_path, *longer]
     finish(*flags, "--run-name", "straight")
     command = [sys.executable, "-c", DYING, str(SCRIPT), *map(str, flags), "--run-name", "killed"]
@@ -913,7 +1171,10 @@ def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     killed = tmp_path / "killed"
     assert [row["step"] for row in read_metrics(killed)] == [0, 1, 2, 3, 4]
-    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"000002.pt", "000004.part"}
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {
+        "000002.pt",
+        "000004.part",
+    }
     time.sleep(1.1)  # TensorBoard orders its files by the second
     os.utime(killed / "args.json")  # the newest run
     finish("--resume", "latest", "--output-dir", tmp_path)
@@ -922,8 +1183,12 @@ def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3, 4]
     one, other = (llm.load_checkpoint(run) for run in (tmp_path / "straight", killed))
-    torch.testing.assert_close(one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0)
-    assert sorted(path.name for path in (killed / "samples").iterdir()) == [f"{step:06d}.jsonl" for step in range(5)]
+    torch.testing.assert_close(
+        one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0
+    )
+    assert sorted(path.name for path in (killed / "samples").iterdir()) == [
+        f"{step:06d}.jsonl" for step in range(5)
+    ]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(base_flags, runs, tmp_path):
@@ -953,7 +1218,16 @@ def test_a_run_resumes_to_itself(runs, tmp_path, kind, finished):
 
 def run_processes(count, flags, script=SCRIPT):
     launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", str(count), str(script), *flags]
+    command = [
+        sys.executable,
+        "-c",
+        launcher,
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        str(script),
+        *flags,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -971,11 +1245,13 @@ def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path, k
 
 def test_prompts_that_processes_cannot_share_equally_are_refused():
     llm.check_args(llm.Args(prompts_per_update=6), 2)
-    with pytest.raises(llm.InputError, match="--prompts-per-update 5: must be a multiple of the 2 processes"):
+    with pytest.raises(
+        llm.InputError, match="--prompts-per-update 5: must be a multiple of the 2 processes"
+    ):
         llm.check_args(llm.Args(prompts_per_update=5), 2)
 
 
-# ------------------------------------------------------------------------------------- E. reward models against stock
+# ------------------------------------------------------------------- E. reward models against stock
 
 
 REWARD_TOKENIZERS = {
@@ -995,7 +1271,10 @@ def test_reward_models_are_stock_one_by_one(tmp_path, name):
         AutoModelForSequenceClassification.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
-    prompts = [PROMPTS[0], [{"role": "system", "content": "is very"}, {"role": "user", "content": "a small fish"}]]
+    prompts = [
+        PROMPTS[0],
+        [{"role": "system", "content": "is very"}, {"role": "user", "content": "a small fish"}],
+    ]
     completions, expected = ["cat and dog", "the", "", "one two ( three )"], []
     reward = llm.model_reward(str(folder), 3, torch.device("cpu"), torch.float32)
     got = reward([prompts[0], prompts[1], *prompts], completions, [{}] * 4)
@@ -1021,7 +1300,7 @@ def test_a_text_longer_than_the_reward_models_context_keeps_its_completion(tmp_p
     assert abs(one - other) > 1e-3
 
 
-# -------------------------------------------------------------------------------------------------------- F. bad input
+# ------------------------------------------------------------------------------------- F. bad input
 
 
 @pytest.fixture(scope="session")
@@ -1036,7 +1315,10 @@ def bad(models, tmp_path_factory):
     (folder / "broken.jsonl").write_text('{"prompt": \n')
     (folder / "columns.jsonl").write_text('{"why": "the"}\n')
     (folder / "chat.jsonl").write_text(
-        "".join(json.dumps({"prompt": [{"role": "user", "content": prompt}]}) + "\n" for prompt in PROMPTS)
+        "".join(
+            json.dumps({"prompt": [{"role": "user", "content": prompt}]}) + "\n"
+            for prompt in PROMPTS
+        )
     )
     (folder / "mine.py").write_text(
         "def raising(p, c, r):\n    raise KeyError('answer')\n"
@@ -1063,7 +1345,10 @@ BAD = [
     ("--model-id {bad}/folder", "--model-id {bad}/folder: cannot be loaded"),
     ("--model-id {bad}/cut", "--model-id {bad}/cut: cannot be loaded"),
     ("--model-id {plain} --chat", "--model-id {plain}: its tokenizer has no chat template"),
-    ("--model-id {plain} --dataset {bad}/chat.jsonl", "--model-id {plain}: its tokenizer has no chat template"),
+    (
+        "--model-id {plain} --dataset {bad}/chat.jsonl",
+        "--model-id {plain}: its tokenizer has no chat template",
+    ),
     ("--model-id {bad}/window", "more than the model's sliding window of 16 tokens"),
     ("--model-id {bad}/gemma2", "--model-id {bad}/gemma2: cannot"),
     ("--model-id {bad}/bloom", "--model-id {bad}/bloom: cannot"),
@@ -1075,20 +1360,38 @@ BAD = [
     ("--dataset {bad}/one.txt", "one prompt cannot be split; give --eval-dataset"),
     ("--dataset {bad}/lines.jsonl", "every line must be a JSON object"),
     ("--dataset {bad}/broken.jsonl", "cannot be read (JSONDecodeError"),
-    ("--dataset {bad}/columns.jsonl", "no prompt in column prompt (columns: why); see --prompt-column"),
-    ("--dataset {bad}/chat.jsonl --prompt-column text", "no prompt in column text (columns: prompt)"),
+    (
+        "--dataset {bad}/columns.jsonl",
+        "no prompt in column prompt (columns: why); see --prompt-column",
+    ),
+    (
+        "--dataset {bad}/chat.jsonl --prompt-column text",
+        "no prompt in column text (columns: prompt)",
+    ),
     ("--dataset {bad}/long.txt", "--max-prompt-length 16: the shortest prompt has 20 tokens"),
     ("--max-prompt-length 125", "more than the model's context of 128 tokens; lower one of them"),
-    ("--reward {bad}/no.py:words", "--reward {bad}/no.py:words: must be path.py:function of an existing file"),
+    (
+        "--reward {bad}/no.py:words",
+        "--reward {bad}/no.py:words: must be path.py:function of an existing file",
+    ),
     ("--reward words", "--reward words: must be path.py:function of an existing file"),
-    ("--reward {bad}/mine.py:other", "--reward {bad}/mine.py:other: cannot be loaded (AttributeError"),
-    ("--reward {bad}/syntax.py:words", "--reward {bad}/syntax.py:words: cannot be loaded (SyntaxError"),
+    (
+        "--reward {bad}/mine.py:other",
+        "--reward {bad}/mine.py:other: cannot be loaded (AttributeError",
+    ),
+    (
+        "--reward {bad}/syntax.py:words",
+        "--reward {bad}/syntax.py:words: cannot be loaded (SyntaxError",
+    ),
     ("--reward {bad}/mine.py:raising", "--reward raising: raised KeyError at mine.py:2: 'answer'"),
     ("--reward {bad}/mine.py:none", "--reward none: raised"),
     ("--reward {bad}/mine.py:nan", "--reward nan: returned nan for the completion ''"),
     ("--reward {bad}/mine.py:inf", "--reward inf: returned inf for the completion ''"),
     ("--reward {bad}/mine.py:short", "--reward short: returned shape [1] for 2 completions"),
-    ("--reward {bad}/mine.py:words {files}/mine.py:words", "there is another reward of the name words; rename one"),
+    (
+        "--reward {bad}/mine.py:words {files}/mine.py:words",
+        "there is another reward of the name words; rename one",
+    ),
     ("--reward-model {bad}/two", "--reward-model {bad}/two: has 2 logits, must have 1"),
     ("--reward-model {bad}/none", "--reward-model {bad}/none: cannot be loaded"),
     ("--reward-weights nan", "--reward-weights (nan,): must be finite"),
@@ -1141,7 +1444,9 @@ def test_resume_refuses_other_flags_and_foreign_or_damaged_folders(runs, tmp_pat
     assert "--beta0 0.5: the resumed run has 0.04" in refused("--resume", run, "--beta0", "0.5")
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "args.json").write_text('{"script": "toy_mnist_flow", "args": {}}')
-    assert "is a run of toy_mnist_flow, not of adrpo_grpo_llm" in refused("--resume", tmp_path / "toy")
+    assert "is a run of toy_mnist_flow, not of adrpo_grpo_llm" in refused(
+        "--resume", tmp_path / "toy"
+    )
     assert "no run of this script" in refused("--resume", "latest", "--output-dir", tmp_path)
     for text in ("{", "[]", '{"script": "adrpo_grpo_llm", "args": {"none": 1}}'):
         (tmp_path / "toy" / "args.json").write_text(text)
@@ -1156,8 +1461,13 @@ def test_resume_refuses_other_flags_and_foreign_or_damaged_folders(runs, tmp_pat
 def test_a_full_disk_keeps_the_earlier_checkpoints(runs, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(runs["adrpo"][0], run)
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(llm.InputError, match="--output-dir: .*000003.pt cannot be written .*No space left.*--resume"):
+    monkeypatch.setattr(
+        torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(
+        llm.InputError,
+        match="--output-dir: .*000003.pt cannot be written .*No space left.*--resume",
+    ):
         llm.save_checkpoint(run, {"iteration": 3}, {})
     assert llm.load_checkpoint(run)["iteration"] == 2
 
@@ -1165,11 +1475,23 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(runs, tmp_path, monkeypatch):
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for iteration in (1, 2, 10):
         llm.save_checkpoint(tmp_path, {"iteration": iteration}, {"model": {"w": torch.ones(1)}})
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"000002.pt", "000010.pt"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "000002.pt",
+        "000010.pt",
+    }
 
 
 def test_a_non_finite_loss_saves_the_last_good_weights(base_flags, tmp_path):
-    flags = ["--learning-rate", "1e30", "--eval-every", "9", "--save-every", "9", "--output-dir", tmp_path]
+    flags = [
+        "--learning-rate",
+        "1e30",
+        "--eval-every",
+        "9",
+        "--save-every",
+        "9",
+        "--output-dir",
+        tmp_path,
+    ]
     line = refused(*base_flags, *flags, "--run-name", "rate")
     assert "iteration 1: loss" in line
     assert "the weights before this step are saved. Lower --learning-rate" in line
@@ -1180,13 +1502,17 @@ def test_a_non_finite_loss_saves_the_last_good_weights(base_flags, tmp_path):
     assert finite.abs().max() > 1e20  # one step of that size was finite
 
 
-# ------------------------------------------------------------------------------------------------------ G. help, docs
+# ------------------------------------------------------------------------------------ G. help, docs
 
 
 def test_help_teaches_every_flag():
     code, out, _ = run_script("--help")
     assert code == 0
-    (args,) = (n for n in ast.parse(SCRIPT.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    (args,) = (
+        n
+        for n in ast.parse(SCRIPT.read_text()).body
+        if isinstance(n, ast.ClassDef) and n.name == "Args"
+    )
     for field, after in zip(args.body, [*args.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
@@ -1198,7 +1524,9 @@ def test_help_teaches_every_flag():
 
 def test_every_logged_tag_is_documented(runs):
     rows = [row for kind in KINDS for row in read_metrics(runs[kind][0], timing=True)]
-    written = {re.sub(r"(reward[/_])(words|length)$", r"\1NAME", tag) for row in rows for tag in row} - {"step"}
+    written = {
+        re.sub(r"(reward[/_])(words|length)$", r"\1NAME", tag) for row in rows for tag in row
+    } - {"step"}
     prefixes = "reward|eval|losses|adrpo|completions|sampling|clip_ratio|charts"
     documented = set(re.findall(rf"`((?:{prefixes})/[A-Za-z0-9_/]+|kl|entropy)`", DOCS.read_text()))
     assert written | {"adrpo/coefficient"} == documented  # that is a histogram

@@ -1,5 +1,5 @@
-"""Tests of benchmark/mini_world_audio.py: its sounds by other means than made them, its teacher, the folder as others
-load it.
+"""Tests of benchmark/mini_world_audio.py: its sounds by other means than made them, its teacher,
+the folder as others load it.
 
 The model here has taken a handful of steps: it loads and answers, but knows nothing.
 """
@@ -19,7 +19,14 @@ import adrpo_audio_mmau as script
 from benchmark import mini_world_audio as world
 
 RATE = 16000
-SMALL = {"train_questions": 72, "heldout_questions": 36, "clips": 72, "tower_steps": 4, "warm_steps": 2, "mix_steps": 2}
+SMALL = {
+    "train_questions": 72,
+    "heldout_questions": 36,
+    "clips": 72,
+    "tower_steps": 4,
+    "warm_steps": 2,
+    "mix_steps": 2,
+}
 
 
 def run_script(*arguments):
@@ -31,7 +38,9 @@ def run_script(*arguments):
 def folder(tmp_path_factory):
     """A world built by the program as a user runs it."""
     out = tmp_path_factory.mktemp("worlds") / "new" / "audio"
-    result = run_script(out, *[x for name, n in SMALL.items() for x in (f"--{name.replace('_', '-')}", n)])
+    result = run_script(
+        out, *[x for name, n in SMALL.items() for x in (f"--{name.replace('_', '-')}", n)]
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return out
@@ -65,7 +74,7 @@ def peak(clip):
     return spectrum.argmax() / len(clip) * RATE
 
 
-# ------------------------------------------------------------------------------------------------------------- sounds
+# ------------------------------------------------------------------------------------------- sounds
 
 
 @pytest.mark.parametrize("beeps", [1, 2, 3, 4])
@@ -77,22 +86,42 @@ def test_beeps_by_their_envelope(beeps):
 def test_pitch_by_its_spectrum():
     tracks = {v: [] for v in world.SKILLS["sweep"].values}
     for value, found in tracks.items():
-        found += [np.array([peak(part) for part in np.array_split(clip, 24)][1:-1]) for clip in easy("sweep", value)]
-    assert all(track[-1] > 1.5 * track[0] and (np.diff(track) >= 0).mean() > 0.9 for track in tracks["rising"])
-    assert all(track[0] > 1.5 * track[-1] and (np.diff(track) <= 0).mean() > 0.9 for track in tracks["falling"])
+        found += [
+            np.array([peak(part) for part in np.array_split(clip, 24)][1:-1])
+            for clip in easy("sweep", value)
+        ]
+    assert all(
+        track[-1] > 1.5 * track[0] and (np.diff(track) >= 0).mean() > 0.9
+        for track in tracks["rising"]
+    )
+    assert all(
+        track[0] > 1.5 * track[-1] and (np.diff(track) <= 0).mean() > 0.9
+        for track in tracks["falling"]
+    )
     assert all(track.max() < 1.1 * track.min() for track in tracks["steady"])
-    assert all(runs(track > np.median(track)) >= 3 and track.max() > 1.4 * track.min() for track in tracks["wobbling"])
+    assert all(
+        runs(track > np.median(track)) >= 3 and track.max() > 1.4 * track.min()
+        for track in tracks["wobbling"]
+    )
 
 
 def test_onsets_tell_the_tempo():
-    for value, low, high in (("slow", 1, 2.4), ("moderate", 2, 3.8), ("fast", 4, 6.3), ("rapid", 6.5, 10.5)):
+    for value, low, high in (
+        ("slow", 1, 2.4),
+        ("moderate", 2, 3.8),
+        ("fast", 4, 6.3),
+        ("rapid", 6.5, 10.5),
+    ):
         for clip in easy("tempo", value):
             loud = envelope(clip, 0.01)
             assert low <= runs(loud > 0.25 * loud.max()) / (len(clip) / RATE) <= high, value
 
 
 def test_registers_are_octaves_apart():
-    octaves = [np.mean([peak(clip) for clip in easy("register", v)]) for v in world.SKILLS["register"].values]
+    octaves = [
+        np.mean([peak(clip) for clip in easy("register", v)])
+        for v in world.SKILLS["register"].values
+    ]
     assert np.all(np.log2(octaves) > np.log2([85, 220, 540, 1400]))
     assert np.all(np.log2(octaves) < np.log2([190, 480, 1150, 2900]))
 
@@ -120,7 +149,11 @@ def test_stress_is_the_loudest_syllable():
             start = int((loud > 0.1 * loud.max()).argmax())
             syllables = [loud[start + begin : start + begin + 12].mean() for begin in (1, 19, 37)]
             share = max(syllables) / np.median(syllables)
-            assert share < 1.2 if value == "even" else (share > 2 and int(np.argmax(syllables)) == place)
+            assert (
+                share < 1.2
+                if value == "even"
+                else (share > 2 and int(np.argmax(syllables)) == place)
+            )
 
 
 @pytest.mark.parametrize(("difficulty", "decibels"), [("easy", 30), ("medium", 14), ("hard", 4)])
@@ -137,7 +170,7 @@ def test_noise_is_as_loud_as_the_difficulty_says(difficulty, decibels):
     assert np.mean(found) == pytest.approx(decibels, abs=1.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ teacher
+# ------------------------------------------------------------------------------------------ teacher
 
 
 def test_the_teacher():
@@ -157,7 +190,9 @@ def test_the_teacher():
                 said = {*script.words(thought)} & {*row["choices"]}
                 assert not said if rambles else script.block(text, "answer") in said
                 right[rambles].append(script.reward_accuracy(text, row))
-                process[rambles].append((script.reward_consistency(text, row), script.reward_keywords(text)))
+                process[rambles].append(
+                    (script.reward_consistency(text, row), script.reward_keywords(text))
+                )
     means = [np.mean(lengths[budget]) for budget in (0, 25, 50, 100)]
     assert means[0] == 0
     assert np.all(np.diff(means) > 8)
@@ -172,16 +207,21 @@ def test_the_teacher_is_mostly_wrong_on_14_of_the_36_values():
         said = [script.block(world.teach(row, 0, rng), "answer") for _ in range(300)]
         share = {choice: said.count(choice) / 300 for choice in row["choices"]}
         likeliest = max(share, key=share.get)
-        assert share[row["answer"]] == pytest.approx(0.7 if likeliest == row["answer"] else 0.3, abs=0.1)
+        assert share[row["answer"]] == pytest.approx(
+            0.7 if likeliest == row["answer"] else 0.3, abs=0.1
+        )
         wrong += likeliest != row["answer"]
     assert wrong == 14
 
 
-# ------------------------------------------------------------------------------------------------------------- folder
+# ------------------------------------------------------------------------------------------- folder
 
 
 def test_files_are_what_the_script_reads(folder):
-    rows = {split: script.read_questions("train-data", str(folder / f"{split}.json")) for split in ("train", "heldout")}
+    rows = {
+        split: script.read_questions("train-data", str(folder / f"{split}.json"))
+        for split in ("train", "heldout")
+    }
     assert {split: len(found) for split, found in rows.items()} == {"train": 72, "heldout": 36}
     every = rows["train"] + rows["heldout"]
     assert len({row["id"] for row in every}) == len({row["audio"] for row in every}) == 108
@@ -202,7 +242,9 @@ def test_files_are_what_the_script_reads(folder):
     assert len(clips) == 108  # no clip is in both files
     answers = {(row["sub-category"], row["answer"]) for row in rows["heldout"]}
     assert len(answers) == 36  # every value of every skill
-    args = script.Args(train_data=str(folder / "train.json"), eval_data=str(folder / "heldout.json"))
+    args = script.Args(
+        train_data=str(folder / "train.json"), eval_data=str(folder / "heldout.json")
+    )
     assert [len(part) for part in script.load_questions(args)[:2]] == [72, 36]
 
 
@@ -213,7 +255,10 @@ def test_the_folder_loads_in_stock_transformers(folder):
     assert facts["parameters"] == model.num_parameters()
     assert facts | SMALL | {"seed": 1} == facts
     assert [len(tokenizer(tag).input_ids) for tag in world.TAGS] == [1, 1, 1, 1]
-    for text in ("<think>The pitch is rising.</think><answer>rising</answer>", "Ünknown 250 words\n"):
+    for text in (
+        "<think>The pitch is rising.</think><answer>rising</answer>",
+        "Ünknown 250 words\n",
+    ):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     stop, banned = script.special_tokens(model, processor)
     assert (tokenizer.convert_ids_to_tokens(stop), len(banned)) == (["<|im_end|>"], 3)
@@ -226,8 +271,12 @@ def test_the_folder_loads_in_stock_transformers(folder):
     tokens = model.generate(**inputs, max_new_tokens=5)
     assert tokens.shape[1] <= inputs.input_ids.shape[1] + 5
     # Training heard what stock's forward, taken at the language model's input by the script, hears.
-    clips = world.Clips([row], inputs.input_features, inputs.feature_attention_mask, torch.tensor([count]))
-    embeds = script.embed_question(script.Policy(model, banned), processor, text, wave, torch.device("cpu"))
+    clips = world.Clips(
+        [row], inputs.input_features, inputs.feature_attention_mask, torch.tensor([count])
+    )
+    embeds = script.embed_question(
+        script.Policy(model, banned), processor, text, wave, torch.device("cpu")
+    )
     heard = embeds[inputs.input_ids[0] == tokenizer.convert_tokens_to_ids("<|AUDIO|>")]
     torch.testing.assert_close(world.hear(model, clips, torch.tensor([0])), heard)
 
@@ -241,16 +290,24 @@ def test_the_same_seed_gives_the_same_world(folder, tmp_path):
             assert all(torch.equal(one[name], other[name]) for name in one)
         elif path.name != "world.json":
             assert path.read_bytes() == again.read_bytes(), path
-    assert world.make_question("train", 0, 1)[0]["id"] == world.make_question("train", 0, 2)[0]["id"]
-    assert not np.array_equal(*[world.make_question("train", 0, seed)[1][:20000] for seed in (1, 2)])
+    assert (
+        world.make_question("train", 0, 1)[0]["id"] == world.make_question("train", 0, 2)[0]["id"]
+    )
+    assert not np.array_equal(
+        *[world.make_question("train", 0, seed)[1][:20000] for seed in (1, 2)]
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("mix_steps", -1), ("train_questions", 0), ("clips", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", -1), ("mix_steps", -1), ("train_questions", 0), ("clips", 0)]
+)
 def test_numbers_out_of_range_are_refused(tmp_path, name, value):
-    with pytest.raises(world.InputError, match=f"^--{name.replace('_', '-')} {value}: must ") as caught:
+    with pytest.raises(
+        world.InputError, match=f"^--{name.replace('_', '-')} {value}: must "
+    ) as caught:
         world.main(world.Args(out=tmp_path / "out", **{name: value}))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

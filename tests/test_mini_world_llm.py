@@ -1,6 +1,8 @@
-"""Tests of benchmark/mini_world_llm.py: its rewards, its tokenizer, its rates, and the folder as others load it.
+"""Tests of benchmark/mini_world_llm.py: its rewards, its tokenizer, its rates, and the folder as
+others load it.
 
-The worlds here have three digits, which takes seconds; their training is otherwise that of the full size.
+The worlds here have three digits, which takes seconds; their training is otherwise that of the full
+size.
 """
 
 import itertools
@@ -18,7 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmark import mini_world_llm as world
 
 SCRIPT = Path(world.__file__)
-NEAR_MISSES = ["112393", "11233", "1123399", "12339", "112339=", "9112339", "0112339", "=112339", "112339 "]
+NEAR_MISSES = [
+    "112393",
+    "11233",
+    "1123399",
+    "12339",
+    "112339=",
+    "9112339",
+    "0112339",
+    "=112339",
+    "112339 ",
+]
 NEAR_MISSES += ["112338", "93321", "932311", "9332110", "391321", ""]
 
 
@@ -43,20 +55,27 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(folder):
     """Model and tokenizer by the lines of the program's header."""
-    return AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    return AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(
+        folder / "model"
+    )
 
 
 def read_rows(folder, split):
-    return [json.loads(line) for line in (folder / f"{split}_prompts.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / f"{split}_prompts.jsonl").read_text().splitlines()
+    ]
 
 
-# ------------------------------------------------------------------------------------------------- A. the built folder
+# ------------------------------------------------------------------------------ A. the built folder
 
 
 def test_prompt_files(folder):
     train, heldout = read_rows(folder, "train"), read_rows(folder, "heldout")
-    assert (len(train), len(heldout)) == (743, 247)  # all 990 numbers of three digits that are not all equal
-    assert {row["prompt"] for row in train + heldout} == {f"{n:03}=" for n in range(1000) if n % 111}
+    # all 990 numbers of three digits that are not all equal
+    assert (len(train), len(heldout)) == (743, 247)
+    assert {row["prompt"] for row in train + heldout} == {
+        f"{n:03}=" for n in range(1000) if n % 111
+    }
     for row in train + heldout:
         orders = sorted("".join(order) for order in itertools.permutations(row["prompt"][:-1]))
         assert (row["ascending"], row["descending"]) == (orders[0], orders[-1])
@@ -92,7 +111,11 @@ def test_figures_against_stock_sampling(folder, loaded):
     inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt")
     torch.manual_seed(99)
     for kind, repeats in (("sampled", 20), ("greedy", 1)):
-        flags = {"do_sample": kind == "sampled", "num_return_sequences": repeats, "max_new_tokens": 8}
+        flags = {
+            "do_sample": kind == "sampled",
+            "num_return_sequences": repeats,
+            "max_new_tokens": 8,
+        }
         tokens = model.generate(**inputs, **flags)
         texts = tokenizer.batch_decode(tokens[:, 4:], skip_special_tokens=True)
         many = [row for row in rows for _ in range(repeats)]
@@ -121,7 +144,9 @@ def test_exact_rates_against_a_product_of_single_steps(loaded):
         for number, answer in zip(numbers.tolist(), answers, strict=True):
             probability, tokens = 1.0, [*number, 10]
             for token in answer:
-                probability *= model(torch.tensor([tokens])).logits[0, -1].double().softmax(0)[token].item()
+                probability *= (
+                    model(torch.tensor([tokens])).logits[0, -1].double().softmax(0)[token].item()
+                )
                 tokens.append(token)
             total += probability / 2
         expected.append(total)
@@ -130,7 +155,9 @@ def test_exact_rates_against_a_product_of_single_steps(loaded):
 
 def test_samples_file(folder):
     lines = [line.split() for line in (folder / "samples.txt").read_text().splitlines()]
-    assert [line[0] for line in lines] == [row["prompt"] for row in read_rows(folder, "heldout")[:8]]
+    assert [line[0] for line in lines] == [
+        row["prompt"] for row in read_rows(folder, "heldout")[:8]
+    ]
 
 
 def same_world(first, second):
@@ -154,7 +181,7 @@ def test_another_seed_gives_another_world(tmp_path):
     assert not same_world(tmp_path / "1", tmp_path / "2")
 
 
-# --------------------------------------------------------------------------------------------- B. rewards and prompts
+# --------------------------------------------------------------------------- B. rewards and prompts
 
 
 @pytest.mark.parametrize("completion", ["112339", "933211", *NEAR_MISSES])
@@ -188,7 +215,7 @@ def test_sequences_hold_number_separator_answer_and_end():
     assert got.tolist() == [[3, 1, 2, 10, 1, 2, 3, 12], [3, 1, 2, 10, 3, 2, 1, 12]]
 
 
-# ----------------------------------------------------------------------------------------------------------- C. faults
+# ---------------------------------------------------------------------------------------- C. faults
 
 
 @pytest.mark.parametrize(("name", "value"), [("digits", 1), ("digits", 13), ("seed", -1)])

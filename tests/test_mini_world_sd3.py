@@ -1,7 +1,9 @@
-"""Tests of benchmark/mini_world_sd3.py: its captions, its tokenizers, its losses, and the folder as others load it.
+"""Tests of benchmark/mini_world_sd3.py: its captions, its tokenizers, its losses, and the folder as
+others load it.
 
-The worlds here are hardly trained: what is tested is that all parts are there, load by stock calls and fit together.
-Real MNIST is found through the environment variable ADRPO_DATA (folder that holds mnist/); without it that test skips.
+The worlds here are hardly trained: what is tested is that all parts are there, load by stock calls
+and fit together. Real MNIST is found through the environment variable ADRPO_DATA (folder that holds
+mnist/); without it that test skips.
 """
 
 import gzip
@@ -24,7 +26,9 @@ from benchmark import mini_world_sd3 as world
 
 SCRIPT = Path(world.__file__)
 TINY = {"vae_steps": 3, "clip_steps": 3, "judge_steps": 3, "flow_steps": 3, "images_per_prompt": 2}
-TINY_FLAGS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+TINY_FLAGS = [
+    word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))
+]
 diffusers_logging.disable_progress_bar()
 
 
@@ -72,24 +76,40 @@ def painter():
     return world.Painter(digits, labels)
 
 
-# ------------------------------------------------------------------------------------------------- A. the built folder
+# ------------------------------------------------------------------------------ A. the built folder
 
 
 def test_the_table_is_printed(built, facts):
     out, printed = built
     for name, value in facts["figures"].items():
-        assert any(line.split() == [*name.split(), f"{value:.4f}"] for line in printed.splitlines()), name
+        assert any(
+            line.split() == [*name.split(), f"{value:.4f}"] for line in printed.splitlines()
+        ), name
     assert str(out / "samples.png") in printed
-    assert set(facts["seconds"]) == {"autoencoder", "CLIP", "judge", "latents", "transformer", "samples"}
+    assert set(facts["seconds"]) == {
+        "autoencoder",
+        "CLIP",
+        "judge",
+        "latents",
+        "transformer",
+        "samples",
+    }
     assert all(np.isfinite(value) for value in facts["figures"].values())
 
 
 @torch.no_grad()
 def test_the_stock_pipeline_draws_at_the_stated_resolution(pipe, facts):
-    lengths = {"max_sequence_length": facts["max_sequence_length"], "num_inference_steps": facts["num_steps"]}
-    image = pipe("a handwritten bold red seven", guidance_scale=facts["guidance_scale"], **lengths).images[0]
+    lengths = {
+        "max_sequence_length": facts["max_sequence_length"],
+        "num_inference_steps": facts["num_steps"],
+    }
+    image = pipe(
+        "a handwritten bold red seven", guidance_scale=facts["guidance_scale"], **lengths
+    ).images[0]
     assert image.size == (facts["resolution"],) * 2
-    guided = pipe("a handwritten bold red seven", guidance_scale=2.0, **lengths, output_type="np").images
+    guided = pipe(
+        "a handwritten bold red seven", guidance_scale=2.0, **lengths, output_type="np"
+    ).images
     assert guided.shape == (1, 32, 32, 3)
     assert np.isfinite(guided).all()
 
@@ -101,7 +121,9 @@ def test_the_folder_gives_the_figures_that_were_written(folder, pipe, facts):
     judge = world.load_judge(folder / "judge")
     accepted = world.accepted_share(judge, images, world.ATTRIBUTES[rows])
     for name, value in accepted.items():
-        assert facts["figures"][f"base samples the judge accepts: {name}"] == pytest.approx(value, abs=1e-9)
+        assert facts["figures"][f"base samples the judge accepts: {name}"] == pytest.approx(
+            value, abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
@@ -116,7 +138,11 @@ def test_every_word_is_one_token(pipe, name):
     assert len(seen) == len(world.WORDS)
     assert tokenizer.unk_token_id not in seen
     for caption in world.CAPTIONS:
-        assert len(tokenizer(caption).input_ids) == empty + len(caption.split()) <= world.MAX_SEQUENCE_LENGTH
+        assert (
+            len(tokenizer(caption).input_ids)
+            == empty + len(caption.split())
+            <= world.MAX_SEQUENCE_LENGTH
+        )
     assert len(tokenizer("a photograph of a cat").input_ids) > empty
 
 
@@ -148,11 +174,15 @@ def test_open_clip_scores_images(clip, painter):
     images, _ = painter.paint(torch.arange(6))
     pictures = [Image.fromarray(((x + 1) * 127.5).byte().permute(1, 2, 0).numpy()) for x in images]
     inputs = torch.stack([preprocess(picture) for picture in pictures])
-    torch.testing.assert_close(inputs, images, atol=1 / 127, rtol=0)  # 8-bit rounding and nothing else
+    # 8-bit rounding and nothing else
+    torch.testing.assert_close(inputs, images, atol=1 / 127, rtol=0)
     tokens = tokenizer(world.CAPTIONS)
     assert tokens.shape == (165, world.MAX_SEQUENCE_LENGTH)
     assert len({tuple(row) for row in tokens.tolist()}) == 165
-    features = [model.encode_image(inputs, normalize=True), model.encode_text(tokens, normalize=True)]
+    features = [
+        model.encode_image(inputs, normalize=True),
+        model.encode_text(tokens, normalize=True),
+    ]
     scores = features[0] @ features[1].T
     assert scores.shape == (6, 165)
     assert scores.abs().max() <= 1 + 1e-5
@@ -175,19 +205,27 @@ def test_judge_loads(folder, painter):
 
 
 def test_prompt_files(folder):
-    train, heldout = ((folder / f"{name}_prompts.txt").read_text().splitlines() for name in ("train", "heldout"))
+    train, heldout = (
+        (folder / f"{name}_prompts.txt").read_text().splitlines() for name in ("train", "heldout")
+    )
     assert 30 <= len(train) <= 60
     assert len(heldout) >= 20
     assert len({*train, *heldout}) == len(train) + len(heldout)
     assert {*train, *heldout} <= {*world.CAPTIONS}
-    rows = [json.loads(line) for line in (folder / "prompts_metadata.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "prompts_metadata.jsonl").read_text().splitlines()
+    ]
     assert [(row["prompt"], row["split"]) for row in rows] == [
         *((prompt, "train") for prompt in train),
         *((prompt, "heldout") for prompt in heldout),
     ]
     for row in rows:
         words = row["prompt"].split()
-        given = [row["thickness"], row["colour"], "digit" if row["digit"] is None else world.DIGITS[row["digit"]]]
+        given = [
+            row["thickness"],
+            row["colour"],
+            "digit" if row["digit"] is None else world.DIGITS[row["digit"]],
+        ]
         assert words == ["a", "handwritten", *[word for word in given if word is not None]]
 
 
@@ -198,7 +236,10 @@ def test_samples_picture(folder):
 
 
 def weights_of(folder):
-    return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    return {
+        str(path.relative_to(folder)): load_file(path)
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -215,7 +256,7 @@ def test_the_seed_decides_the_weights(folder, tmp_path, seed):
         assert (folder / name).read_text() == (tmp_path / "again" / name).read_text()
 
 
-# --------------------------------------------------------------------------------------------------------- B. the parts
+# ------------------------------------------------------------------------------------- B. the parts
 
 
 def test_captions():
@@ -245,7 +286,9 @@ def test_painted_images_show_their_attributes(painter):
     assert torch.equal(attributes[:, 0], painter.labels[index])
     palette = torch.tensor([*world.COLOURS.values()])
     hue = (images / 2 + 0.5).amax((2, 3))
-    assert torch.equal(torch.cdist(hue / hue.amax(1, keepdim=True), palette).argmin(1), attributes[:, 1])
+    assert torch.equal(
+        torch.cdist(hue / hue.amax(1, keepdim=True), palette).argmin(1), attributes[:, 1]
+    )
     ink = (images.amax(1) / 2 + 0.5).mean((1, 2)) / painter.digits[index].mean((1, 2, 3))
     assert ((ink > 1.2) == (attributes[:, 2] == 1)).all()
     assert [len(attributes[:, i].unique()) for i in range(3)] == [10, 4, 2]
@@ -302,7 +345,7 @@ def test_a_short_training_teaches_the_judge_colours(painter, tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in judge.state_dict().items())
 
 
-# --------------------------------------------------------------------------------------------------- C. data and faults
+# ------------------------------------------------------------------------------- C. data and faults
 
 
 def write_pair(folder, images, labels, end=""):
@@ -402,7 +445,7 @@ def test_a_fault_is_one_line_and_a_non_zero_exit(tmp_path, fault):
     assert ("--data-dir" if fault == "data-dir" else "OUT") in line
 
 
-# ------------------------------------------------------------------------- metric and reward for the fine-tuning script
+# ----------------------------------------------------- metric and reward for the fine-tuning script
 
 
 def test_every_caption_is_read_back_into_its_attributes():
@@ -433,7 +476,9 @@ def test_digit_probability_leaves_colour_and_thickness_free(folder, clip, monkey
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     prompts = ["a handwritten bold red seven", "a handwritten green digit"]
     got = world.digit_probability(images, prompts, [{}] * 2)
-    texts = model.encode_text(tokenizer([world.caption(digit, *world.FREE[1:]) for digit in range(10)]), normalize=True)
+    texts = model.encode_text(
+        tokenizer([world.caption(digit, *world.FREE[1:]) for digit in range(10)]), normalize=True
+    )
     expected = (25 * model.encode_image(images * 2 - 1, normalize=True) @ texts.T).softmax(1)
     assert got[0].item() == pytest.approx(expected[0, 7].item(), rel=1e-5)
     assert got[1].item() == 0

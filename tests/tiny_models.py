@@ -1,4 +1,5 @@
-"""Tiny random checkpoints in the formats the scripts take: made in a second, nothing downloaded, nothing trained."""
+"""Tiny random checkpoints in the formats the scripts take: made in a second, nothing downloaded,
+nothing trained."""
 
 import json
 from pathlib import Path
@@ -27,33 +28,52 @@ from transformers import (
 
 from benchmark import mini_world_sd3 as world
 
-# SD3 medium normalises neither queries nor keys; SD3.5 does, and its first blocks have a second attention on the image.
+# SD3 medium normalises neither queries nor keys; SD3.5 does, and its first blocks have a second
+# attention on the image.
 SD3_STYLES = {"sd3": {}, "sd3.5": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}}
 
 LM_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # of adrpo_grpo_llm.py
-PAD, EOS, BOS, UNK, TURN, END = range(6)  # the first tokens; the last two open and close a turn of a chat
+# the first tokens; the last two open and close a turn of a chat
+PAD, EOS, BOS, UNK, TURN, END = range(6)
 MARKS = ("<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<end>")
-WORDS = "user assistant system one two three four five six seven eight nine ten red blue green black white small big"
-WORDS += " old new cat dog fox bird fish tree stone river hill road house door sees eats finds likes keeps makes under"
+WORDS = (
+    "user assistant system one two three four five six seven eight nine ten red blue green black "
+    "white small big"
+)
+WORDS += (
+    " old new cat dog fox bird fish tree stone river hill road house door sees eats finds likes "
+    "keeps makes under"
+)
 WORDS += " over near behind and or not the a is very a<b &amp; ( ) . , ? !"
 CHAT = "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
 CHAT += "{% if add_generation_prompt %}<turn> assistant {% endif %}"
 
 AUDIO_FAMILIES = ("qwen2-audio", "omni")  # of adrpo_audio_mmau.py
-AUDIO_MARKS = "<|endoftext|> <|im_start|> <|im_end|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> <|vision_bos|>"
+AUDIO_MARKS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|IMAGE|> "
+    "<|vision_bos|>"
+)
 AUDIO_MARKS = (*AUDIO_MARKS.split(), "<|vision_eos|>", "<|VIDEO|>")  # their ids are 0 to 9
 AUDIO_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-AUDIO_TEXT = "Think first, in fewer than 50 words, inside <think> </think>. Give the option you choose inside <answer> "
-AUDIO_TEXT += "</answer>. Choose one of the following options: Man, Woman, Child, Robot because first pitch"
+AUDIO_TEXT = (
+    "Think first, in fewer than 50 words, inside <think> </think>. Give the option you choose "
+    "inside <answer> "
+)
+AUDIO_TEXT += (
+    "</answer>. Choose one of the following options: Man, Woman, Child, Robot because first pitch"
+)
 AUDIO_CHAT = """{% for m in messages %}<|im_start|>{{ m['role'] }}
-{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'audio' %}\
-<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}\
+{% if c['type'] == 'audio' %}\
+<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}\
+<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 
 def make_sd3(folder: Path, style: str = "sd3", layers: int = 2) -> Path:
-    """A random StableDiffusion3Pipeline for 32x32 images, every weight non-zero, scale and shift of the latents too."""
+    """A random StableDiffusion3Pipeline for 32x32 images, every weight non-zero, scale and shift of
+    the latents too."""
     torch.manual_seed(0)
     pipe = world.build_pipeline()
     pipe.register_modules(
@@ -84,7 +104,9 @@ def make_clip(folder: Path, embed_dim: int = 64) -> Path:
     config = world.clip_config(tokenizer)
     config["model_cfg"]["embed_dim"] = embed_dim
     folder.mkdir(parents=True)
-    save_file(open_clip.CLIP(**config["model_cfg"]).state_dict(), folder / "open_clip_model.safetensors")
+    save_file(
+        open_clip.CLIP(**config["model_cfg"]).state_dict(), folder / "open_clip_model.safetensors"
+    )
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     tokenizer.save_pretrained(folder)
     return folder
@@ -96,15 +118,23 @@ def load_sd3(folder: Path) -> StableDiffusion3Pipeline:
     return pipe
 
 
-def make_tokenizer(folder: Path, chat=True, bos=False, adds_bos=False, pad=True, ends=False) -> None:
-    """One token a word, into `folder`. bos: the chat template begins with <bos>; adds_bos: so does every text;
-    ends: the chat template ends with <eos>."""
+def make_tokenizer(
+    folder: Path, chat=True, bos=False, adds_bos=False, pad=True, ends=False
+) -> None:
+    """One token a word, into `folder`. bos: the chat template begins with <bos>; adds_bos: so does
+    every text; ends: the chat template ends with <eos>."""
     vocabulary = {token: number for number, token in enumerate((*MARKS, *WORDS.split()))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=MARKS[UNK]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    special = {"eos_token": "<eos>", "unk_token": "<unk>", "additional_special_tokens": ["<turn>", "<end>"]}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", BOS)]
+        )
+    special = {
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": ["<turn>", "<end>"],
+    }
     special |= {"pad_token": "<pad>"} if pad else {}
     special |= {"bos_token": "<bos>"} if bos else {}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
@@ -115,16 +145,30 @@ def make_tokenizer(folder: Path, chat=True, bos=False, adds_bos=False, pad=True,
 
 def lm_config(family: str, **changes):
     """Two layers of four heads, large random weights: distributions that are not flat."""
-    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    options |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.3}
-    options |= {"vocab_size": len(MARKS) + len(WORDS.split()), "tie_word_embeddings": family.startswith("qwen")}
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    options |= {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+    }
+    options |= {
+        "vocab_size": len(MARKS) + len(WORDS.split()),
+        "tie_word_embeddings": family.startswith("qwen"),
+    }
     options |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     return AutoConfig.for_model(family, **options | changes)
 
 
 def make_lm(folder: Path, family: str = "qwen3", chat: bool = True, **changes) -> Path:
-    """A random language model with its tokenizer; <eos> and <end> are its stop tokens, and likely. (For text not qwen2:
-    transformers reads its tokenizers as byte-level ones, whatever is in the folder.)"""
+    """A random language model with its tokenizer; <eos> and <end> are its stop tokens, and likely.
+    (For text not qwen2: transformers reads its tokenizers as byte-level ones, whatever is in the
+    folder.)"""
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(lm_config(family, **changes))
     with torch.no_grad():
@@ -145,13 +189,16 @@ def make_reward_lm(folder: Path, num_labels: int = 1, context: int = 128, **toke
 
 
 def make_audio_tokenizer(**options) -> PreTrainedTokenizerFast:
-    """Byte-level pairs learnt from AUDIO_TEXT, the placeholders of both families, and the tags as one token each."""
+    """Byte-level pairs learnt from AUDIO_TEXT, the placeholders of both families, and the tags as
+    one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     sizes = {"vocab_size": 420, "initial_alphabet": alphabet, "special_tokens": list(AUDIO_MARKS)}
-    tokenizer.train_from_iterator([AUDIO_TEXT] * 8, trainers.BpeTrainer(show_progress=False, **sizes))
+    tokenizer.train_from_iterator(
+        [AUDIO_TEXT] * 8, trainers.BpeTrainer(show_progress=False, **sizes)
+    )
     tokenizer.add_tokens(list(AUDIO_TAGS))
     special = {"eos_token": AUDIO_MARKS[2], "pad_token": AUDIO_MARKS[0], "padding_side": "left"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
@@ -160,28 +207,55 @@ def make_audio_tokenizer(**options) -> PreTrainedTokenizerFast:
 
 
 def make_audio_lm(folder: Path, family: str, seconds: int = 4, says: str = "", **text) -> Path:
-    """A random Qwen2-Audio, or thinker of Qwen2.5-Omni, that hears clips of at most `seconds`, with its processor.
-    <|im_end|> is likely. says: a text without a token twice, which it mostly says; what it hears changes little."""
+    """A random Qwen2-Audio, or thinker of Qwen2.5-Omni, that hears clips of at most `seconds`, with
+    its processor. <|im_end|> is likely. says: a text without a token twice, which it mostly says;
+    what it hears changes little."""
     torch.manual_seed(5)
     names = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
     named = {f"{name}_token": f"<|{name if '_' in name else name.upper()}|>" for name in names}
-    tokenizer = make_audio_tokenizer(**({"extra_special_tokens": named} if family == "omni" else {}))
+    tokenizer = make_audio_tokenizer(
+        **({"extra_special_tokens": named} if family == "omni" else {})
+    )
     parts = {"tokenizer": tokenizer, "chat_template": AUDIO_CHAT}
     parts["feature_extractor"] = WhisperFeatureExtractor(feature_size=32, chunk_length=seconds)
     ids = dict(zip(AUDIO_MARKS, range(10), strict=True))
-    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    options |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "vocab_size": len(tokenizer)}
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    options |= {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "vocab_size": len(tokenizer),
+    }
     options |= {"pad_token_id": 0, "eos_token_id": 2} | text
-    sound = {"num_mel_bins": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+    sound = {
+        "num_mel_bins": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+    }
     sound |= {"d_model": 32, "max_source_positions": 50 * seconds}
     index = {"audio_token_index": ids["<|AUDIO|>"], "pad_token_id": 0}
     if family == "omni":
         patches = {"patch_size": 14, "merge_size": 2}
         parts |= {"image_processor": Qwen2VLImageProcessorPil(**patches)}
         processor = Qwen2_5OmniProcessor(**parts, video_processor=Qwen2VLVideoProcessor(**patches))
-        index |= {"image_token_index": ids["<|IMAGE|>"], "video_token_index": ids["<|VIDEO|>"], "user_token_id": 5}
+        index |= {
+            "image_token_index": ids["<|IMAGE|>"],
+            "video_token_index": ids["<|VIDEO|>"],
+            "user_token_id": 5,
+        }
         index |= {"audio_start_token_id": 4, "audio_end_token_id": 5, "vision_start_token_id": 7}
-        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+        vision = {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+        }
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
         config = Qwen2_5OmniThinkerConfig(
             audio_config={"n_window": 100, "output_dim": 32, **sound},
@@ -194,8 +268,13 @@ def make_audio_lm(folder: Path, family: str, seconds: int = 4, says: str = "", *
         model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     else:
         processor = Qwen2AudioProcessor(**parts)
-        audio, language = {"model_type": "qwen2_audio_encoder", **sound}, {"model_type": "qwen2", **options}
-        model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(audio_config=audio, text_config=language, **index))
+        audio, language = (
+            {"model_type": "qwen2_audio_encoder", **sound},
+            {"model_type": "qwen2", **options},
+        )
+        model = Qwen2AudioForConditionalGeneration(
+            Qwen2AudioConfig(audio_config=audio, text_config=language, **index)
+        )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
