@@ -1,100 +1,84 @@
 """ADRPO on handwritten digits: why a fixed divergence weight fails, seen in minutes on a CPU.
 
-Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 6: every sample has its own
-divergence weight, `beta0 - A`, where A is its advantage over the other samples of the same prompt. In the same file, on
-the same base model: ORW-CFM-W2 (ICLR 2025, arXiv 2502.06061), its unregularised form (the collapse), RAFT (arXiv
-2304.06767) and Diffusion-DPO in its flow-matching form (arXiv 2311.12908).
+Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 6: every
+sample has its own divergence weight, `beta0 - A`, where A is its advantage over the other samples
+of its prompt. Beside it, on the same base model: a fixed weight at several strengths (ORW-CFM-W2,
+arXiv 2502.06061; it collapses at 0), RAFT (arXiv 2304.06767) and Diffusion-DPO for flow matching
+(arXiv 2311.12908).
 
-The world has the parts of a large text-to-image model: an autoencoder, a flow-matching network in its latent space, a
-reward. The base model draws all ten digits; the reward is the probability that the digit is even. All five even digits
-are equally right, so whatever diversity a method loses, it loses for nothing.
+The world has the parts of a large text-to-image model: an autoencoder, a flow-matching network in
+its latent space, a reward. The base model draws all ten digits; the reward is the probability that
+the digit is even. All five even digits are equally right: diversity that is lost is lost for
+nothing.
 
-    x_t = (1 - t) x0 + t x1,   x0 ~ N(0, I) noise,   x1 a sample of the previous policy,   u = x1 - x0
+    x_t = (1 - t) x0 + t x1,   x0 ~ N(0, I) noise,   x1 a sample of the policy,   u = x1 - x0
     A   = R(x1) - mean of R over the group
-    L   = A |v(x_t) - u|^2 + (beta0 - A) |v(x_t) - v_ref(x_t)|^2          mean over a sample's elements
+    L   = A |v(x_t) - u|^2 + (beta0 - A) |v(x_t) - v_ref(x_t)|^2      mean over a sample's elements
 
-Where this departs from the paper, or the paper is silent:
-- A is not clipped by default (the paper clips for stability; its range for images is not published): see --adv-clip-k.
-- The previous policy, which draws x1, is a short moving average of the trained weights, for every method (ours);
-  --ema-decay 0 gives the plain previous policy.
-- Flow in the latent space of a small autoencoder, not in pixels: cheap enough for five methods in minutes on a CPU.
+Ours, where we depart from the paper or it is silent: A is divided by the spread of the base model's
+rewards, so that one beta0 suits every reward (--adv-norm none: eq. 6), and not clipped by default;
+the policy that draws x1 is a moving average of the trained weights (--ema-decay 0: the plain one).
 
-    python toy_mnist_flow.py                                                # all five methods
-    python toy_mnist_flow.py --methods adrpo orw-w2 --beta0 0.1 --alpha 0.3 --seed 2
-    python toy_mnist_flow.py --pretrained runs/NAME --methods adrpo --reward digit:7
+    python toy_mnist_flow.py                                      # the demo, minutes on a CPU
+    python toy_mnist_flow.py --quick                              # a minute: does it run here?
+    python toy_mnist_flow.py --pretrained runs/NAME --methods adrpo --beta0 0.05 0.2
 
-About four minutes on two free CPU cores (beside other work set OMP_WAIT_POLICY=PASSIVE), 1.5 GB of memory; a GPU is
-used where torch finds one. Data: MNIST from --data-dir or downloaded, else the digits bundled with scikit-learn.
-Equations, metrics, results: docs/toy_mnist_flow.md.
+Needs 1.5 GB of memory; takes a GPU where there is one. Equations, results: docs/toy_mnist_flow.md.
 """
 
 import copy
 import dataclasses
-import functools
 import gzip
-import hashlib
-import http.client
 import importlib.util
 import json
 import math
-import platform
+import os
 import random
+import socket
 import subprocess
 import sys
 import time
-import traceback
-import urllib.request
-import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from sklearn.datasets import load_digits
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-matplotlib.use("Agg")  # before pyplot: there may be no screen
-import matplotlib.pyplot as plt
-
 SCRIPT = "toy_mnist_flow"
-METHODS = ("adrpo", "orw", "orw-w2", "raft", "dpo")
-COLOURS = {"adrpo": "tab:red", "orw": "tab:gray", "orw-w2": "tab:blue", "raft": "tab:green", "dpo": "tab:orange"}
-MNIST_MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    "http://yann.lecun.com/exdb/mnist/",
-)
-MNIST_MD5 = {
-    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-}
 LATENT_SIZE = 24
-KEEP_CHECKPOINTS = 2
+# A random stream for each fine-tuning; every alpha above 0 has the same numbers.
+STREAMS = {"adrpo": 0, "orw-0": 1, "orw": 2, "raft": 3, "dpo": 4, "evaluation": 5}
+COLOURS = {"base": "black", "adrpo": "tab:red", "orw": "tab:blue", "raft": "tab:green"}
+COLOURS["dpo"] = "tab:orange"
+ADAM = {"betas": (0.9, 0.99), "fused": True}
+DIVERGED = "lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_SHA256 = {  # the first half of each
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea37026",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cc",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e3",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd",
+}
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. Its message is one line that names the flag and the remedy."""
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What the user gave cannot work: one line that names the flag and the remedy."""
 
 
 @dataclasses.dataclass
 class Args:
-    # ------------------------------------------------------------------------------------------------- experiment
+    # ------------------------------------------------------------------------------- experiment
     output_dir: str = "runs"
     """folder that receives one sub-folder per run"""
     run_name: str | None = None
@@ -102,211 +86,425 @@ class Args:
     seed: int = 1
     """seed of everything: the same seed gives the same metrics on one machine (CPU: bit for bit)"""
     device: str = "auto"
-    """auto takes cuda, then mps, then cpu; or name one: cpu, cuda, cuda:1, mps"""
+    """auto takes the accelerator that torch finds, else the CPU; or cpu, cuda, cuda:1, mps"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 runs the flow network and the autoencoder in bfloat16 (weights, samples and losses stay float32); auto takes
-    it where the hardware has units for it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX: about twice as fast)"""
-    resume: str | None = None
-    """run folder to continue exactly from its newest checkpoint, or `latest`; the run's own flags are used"""
+    """bf16: flow and autoencoder compute in bfloat16; auto: where the hardware has units for it"""
     pretrained: str | None = None
-    """run folder (or its pretrained.safetensors) whose base model, reward model and judge to reuse"""
+    """earlier run, finished or not, whose base model, reward model, judge and autoencoder to use"""
+    quick: bool = False
+    """a minute on one core: scikit-learn's digits, short training; flags given beside it win"""
 
-    # ------------------------------------------------------------------------------------------------------- data
+    # ------------------------------------------------------------------------ data, pre-training
     dataset: Literal["auto", "mnist", "digits"] = "auto"
-    """auto: MNIST if it can be read or downloaded, else digits (scikit-learn's 1,797 digits enlarged to 28x28)"""
+    """auto: MNIST if it can be read or downloaded, else digits (scikit-learn's 1,797, enlarged)"""
     data_dir: str = "data/mnist"
-    """folder with MNIST's IDX files, gzipped or not; the test pair alone is enough; downloads go here"""
-
-    # ------------------------------------------------------------------------------------------------ pre-training
+    """MNIST's IDX files, gzipped or not; the test pair alone is enough; downloads go here"""
     classifier_steps: int = 500
-    """steps of 128 images for the reward model and again for the judge (ours); too few: the reward is noise"""
+    """steps of 128 images for the reward model and again for the judge; too few: a noisy reward"""
     autoencoder_steps: int = 1500
-    """steps of 128 images (ours); too few: blurred digits whatever the flow does"""
+    """steps of 128 images; too few: blurred digits whatever the flow does"""
     flow_steps: int = 2500
-    """steps of 256 latents for the base model (ours); too few: malformed digits before any fine-tuning"""
+    """steps of 256 latents for the base model; too few: malformed digits before any fine-tuning"""
 
-    # ------------------------------------------------------------------------------------------------- fine-tuning
-    methods: tuple[str, ...] = METHODS
-    """any of adrpo, orw, orw-w2, raft, dpo; each starts from the same base model"""
+    # -------------------------------------------------------------------------------- fine-tuning
+    methods: tuple[Literal["adrpo", "orw", "raft", "dpo"], ...] = ("orw", "adrpo", "dpo")
+    """each starts from the same base model, once for each of its strengths"""
     reward: str = "even"
-    """even, digit:K, or path.py:function with function(images, prompts, metadata) -> one float per image;
+    """even, digit:K, or path.py:function, function(images, prompts, metadata) -> a float per image;
     images are float [B,1,28,28] in [0,1]"""
-    iterations: int = 100
-    """rollouts per method (ours); adrpo has its reward after 20 and swings around it, orw collapses until the end"""
+    iterations: int = 90
+    """rollouts per fine-tuning (ours); adrpo has its reward after 20, orw falls until the end"""
     group_size: int = 256
-    """samples per rollout; the toy has one prompt, so they are one group. Small groups make the advantage noisy"""
+    """samples per rollout, one group (the toy has one prompt). Small: noisy advantages"""
     num_steps: int = 20
-    """Euler steps from noise to latent, in rollouts and in evaluation; with 10 the samples' own discretisation error is
-    learnt by the policy that trains on them, and diversity falls"""
+    """Euler steps of a sample; with 10 their discretisation error is learnt and diversity falls"""
     updates_per_iteration: int = 8
     """optimiser steps on one rollout, each on all its samples with fresh noise and times (ours)"""
     learning_rate: float = 3e-4
-    """AdamW peak learning rate, five iterations of warm-up, then a cosine to 5 % of it (ours)"""
+    """AdamW's peak: five iterations of warm-up, then a cosine to 5 % of it (ours)"""
     max_grad_norm: float = 1.0
     """gradient norm clip, as ORW-CFM-W2's code"""
     ema_decay: float = 0.9
-    """per update, of the moving average that draws the rollouts and is evaluated (ours); 0 = the trained weights. The
-    closer to 1, the later the rollouts follow: adrpo overshoots, orw collapses more slowly"""
+    """of the moving average that draws the rollouts (ours). Near 1 they come late: overshooting"""
 
-    # ------------------------------------------------------------------------------------------------------- adrpo
-    beta0: float = 0.05
-    """baseline divergence weight (ours, for rewards in [0,1]). Smaller: more reward, less diversity; far smaller:
-    targets are extrapolated |A|/beta0 times and training turns noisy"""
+    # ------------------------------------------------------------------------ adrpo and baselines
+    beta0: tuple[float, ...] = (0.1,)
+    """adrpo: baseline divergence weight. The mean reward rises by about 1/beta0 base spreads, or
+    until it saturates: .1 for a reward that does (even), 1 for one that does not (ours)"""
     adv_clip_k: float | None = None
-    """clip A to +-k beta0, in both terms. Off by default: with a mean-zero A the few bad samples push as hard as the
-    many good ones pull; clipping cuts only the push, and reward and diversity both end lower (see the docs)"""
-    adv_norm: Literal["none", "group", "global"] = "none"
-    """divide A by no / the group's / the batch's standard deviation before clipping (one group here: the same)"""
-
-    # --------------------------------------------------------------------------------------------------- baselines
-    tau: float = 30.0
-    """orw, orw-w2: weight exp(tau R), normalised to mean 1 (ORW-CFM-W2 shows 10; 30 collapses within this budget)"""
-    alpha: float = 0.2
-    """orw-w2: fixed divergence weight (ours: comes nearest to adrpo's reward in our sweep; ORW-CFM-W2 recommends 0.3);
-    orw is alpha = 0"""
+    """adrpo: clip A to +-k beta0, in both terms; it would cut only the push of the few bad samples"""
+    adv_norm: Literal["base", "none", "group", "global"] = "base"
+    """adrpo: divide A by the standard deviation of the base model's rewards, by nothing (eq. 6), by
+    the group's or all samples' (one group here: the same)"""
+    alpha: tuple[float, ...] = (0.0, 0.2, 1.0)
+    """orw: fixed divergence weight; 0 collapses, above it is ORW-CFM-W2. Ours stands beside weights
+    of mean 1: the authors' alpha, beside exp(tau R) itself, is ours times the mean of exp(tau R)"""
+    tau: float = 300.0
+    """orw: weight exp(tau R) (the authors show 10; with 30 it collapses to a blur, not a digit)"""
     subgroup_size: int = 8
-    """raft, dpo: the rollout is cut into groups of this many; raft keeps the best of each, dpo the best and worst"""
-    beta_dpo: float = 100.0
+    """raft keeps the best of each so many samples, dpo the best and the worst"""
+    beta_dpo: tuple[float, ...] = (100.0,)
     """dpo: inverse temperature (flow_grpo's SD3 preset). Smaller: further from the base model"""
     dpo_online: bool = False
     """dpo: draw the pairs from the policy at every iteration instead of once from the base model"""
 
-    # -------------------------------------------------------------------------------------- evaluation, checkpoints
-    eval_every: int = 20
-    """iterations between evaluations on fixed noise"""
+    # --------------------------------------------------------------------------------- evaluation
+    eval_every: int = 30
+    """iterations between evaluations on fixed noise; before it, also after 1, 2, 4, 8, ..."""
     eval_samples: int = 1024
-    """samples per evaluation (the Fréchet distance depends on their number: compare only equal ones)"""
-    save_every: int = 25
-    """iterations between checkpoints"""
+    """samples per evaluation (the Fréchet distance depends on it: compare only equal ones)"""
 
 
-# ---------------------------------------------------------------------------------------------------------- rewards
+# -------------------------------------------------------------------------------------- the method
 
 
-def parse_reward(spec: str) -> tuple[list[int], Callable | None]:
-    """The digits --reward asks for (a plug-in: all ten) and the plug-in's function, if any. Raises InputError."""
-    if spec == "even":
-        return [0, 2, 4, 6, 8], None
-    if spec in [f"digit:{digit}" for digit in range(10)]:
-        return [int(spec[-1])], None
+def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None) -> Tensor:
+    """Advantage of each sample over its prompt's others (eq. 6: A = R - V, V the prompt's mean).
+
+    rewards [P,G] -> A [P,G], detached. `normalize` "group", "global" or "base" divides by the
+    standard deviation of the group, of all rewards, or of the base model's rewards, `base_std`;
+    `clip_k` then clips to +-clip_k * beta0, once: the loss has the same A in both of its terms."""
+    # Relative to the first reward, so that a group of equal rewards gives exactly 0.
+    relative = rewards - rewards[:, :1]  # [P,G]
+    advantage = relative - relative.mean(dim=1, keepdim=True)
+    if normalize == "group":
+        advantage = advantage / (relative.std(dim=1, keepdim=True) + 1e-4)
+    elif normalize == "global":
+        advantage = advantage / (rewards.std() + 1e-4)
+    elif normalize == "base":
+        advantage = advantage / base_std
+    if clip_k is not None:
+        advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
+    return advantage.detach()
+
+
+def adrpo_statistics(advantage: Tensor, beta0: float) -> dict[str, float]:
+    """The adrpo/* figures of a rollout; extrapolation: how far v_star lies from v_ref towards u."""
+    coefficient, extrapolation = beta0 - advantage, advantage.abs() / beta0
+    return {
+        "adrpo/coefficient_mean": coefficient.mean().item(),
+        "adrpo/coefficient_min": coefficient.min().item(),
+        "adrpo/coefficient_max": coefficient.max().item(),
+        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
+        "adrpo/extrapolation_mean": extrapolation.mean().item(),
+        "adrpo/extrapolation_max": extrapolation.max().item(),
+    }
+
+
+def orw_weights(rewards: Tensor, tau: float) -> Tensor:
+    """ORW-CFM-W2's weights exp(tau R), here with mean 1 in each group: [P,G] -> [P,G], detached.
+
+    With alpha > 0 this moves the optimum: as the policy improves, the mean of exp(tau R) that we
+    divide by grows, and alpha with it in the authors' units."""
+    return (torch.softmax(tau * rewards, dim=1) * rewards.shape[1]).detach()
+
+
+def best_and_worst(rewards: Tensor, subgroup_size: int) -> tuple[Tensor, Tensor]:
+    """Indices of each subgroup's best and worst sample: rewards [G] -> two [G / subgroup_size]."""
+    groups = rewards.view(-1, subgroup_size)
+    offsets = torch.arange(len(groups), device=rewards.device) * subgroup_size
+    return groups.argmax(1) + offsets, groups.argmin(1) + offsets
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """Mean over a sample's elements of the squared difference: [B,...] -> [B]."""
+    return difference.square().flatten(1).mean(1)
+
+
+def adrpo_fm_loss(v: Tensor, v_ref: Tensor, u: Tensor, advantage: Tensor, beta0: float) -> Tensor:
+    """ADRPO for flow matching (eq. 6): A |v - u|^2 + (beta0 - A) |v - v_ref|^2.
+
+    v, v_ref, u [B,...], advantage [B] -> loss [B]. As a function of v its curvature is
+    A + (beta0 - A) = beta0 whatever A is: it equals beta0 |v - v_star|^2 up to a constant, with
+    v_star = v_ref + (A / beta0)(u - v_ref), and is bounded below for bad samples too (ours)."""
+    return advantage * mean_square(v - u) + (beta0 - advantage) * mean_square(v - v_ref)
+
+
+def orw_fm_loss(v: Tensor, v_ref: Tensor, u: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """ORW-CFM-W2: w |v - u|^2 + alpha |v - v_ref|^2. v, v_ref, u [B,...], weight [B] -> [B]."""
+    return weight * mean_square(v - u) + alpha * mean_square(v - v_ref)
+
+
+def dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, beta_dpo: float) -> Tensor:
+    """Diffusion-DPO on the flow-matching errors e = mean |v - u|^2 of winners (w) and losers (l),
+    which share noise and t: -log sigmoid(-beta_dpo / 2 [(e_w - e_w_ref) - (e_l - e_l_ref)]).
+    Six tensors [B,...] -> loss [B]."""
+    winner = mean_square(v_w - u_w) - mean_square(v_w_ref - u_w)
+    loser = mean_square(v_l - u_l) - mean_square(v_l_ref - u_l)
+    return -F.logsigmoid(-beta_dpo / 2 * (winner - loser))
+
+
+# ----------------------------------------------------------------------------------------- rollout
+
+
+def seed_everything(*numbers: int) -> torch.Generator:
+    """Seed every global random state (a plug-in may draw from one) and return a generator, all from
+    `numbers`: each iteration has a stream of its own, whatever ran before it."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_and_time(count: int, rng: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x0 ~ N(0, I) [count,24] and t ~ U(0, 1) [count], drawn on the CPU: the same everywhere."""
+    noise, t = torch.randn(count, LATENT_SIZE, generator=rng), torch.rand(count, generator=rng)
+    return noise.to(device), t.to(device)
+
+
+def flow_matching_point(x1: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = (1 - t) noise + t x1 and its velocity u = x1 - noise: [B,D], [B,D], t [B] -> [B,D]."""
+    return torch.lerp(noise, x1, t[:, None]), x1 - noise
+
+
+@torch.no_grad()
+def sample(velocity: nn.Module, noise: Tensor, num_steps: int) -> Tensor:
+    """Integrate dx/dt = v(x, t) from noise [B,D] at t = 0 to latents [B,D] at t = 1, Euler steps.
+
+    Raises InputError when the latents are not finite: the policy has diverged."""
+    x = noise
+    for step in range(num_steps):
+        t = torch.full((len(x),), step / num_steps, device=x.device)
+        x = x + velocity(x, t) / num_steps
+    if not x.isfinite().all():
+        raise InputError(f"the policy's samples are not finite numbers: {DIVERGED}")
+    return x
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+class EvalSet(NamedTuple):
+    """What every evaluation of a run shares, drawn once."""
+
+    noise: Tensor  # [N,24]: the samples' noise
+    base_latents: Tensor  # [N,24]: the base model's samples from other noise, where W2 is measured
+    real_features: Tensor  # [M,64]: the judge's features of real digits of the wanted classes
+    targets: list[int]  # the wanted classes
+
+
+def pairwise_diversity(features: Tensor) -> Tensor:
+    """Mean over the pairs i != j of one prompt of 1 - cosine(f_i, f_j): [P,G,D] -> [P] (ours; the
+    paper publishes no formula). The sum over all pairs of unit vectors is |sum_i f_i|^2."""
+    unit = F.normalize(features.float(), dim=-1)
+    count = unit.shape[1]
+    pair_sum = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))  # i != j
+    return 1 - pair_sum / (count * (count - 1))
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Fréchet distance of Gaussians fitted to [N,D] and [M,D] (Heusel et al. 2017)."""
+    a, b = features_a.cpu().double(), features_b.cpu().double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + (cov_a + cov_b).trace() - 2 * cross).item()
+
+
+@torch.no_grad()
+def evaluate(
+    velocity: nn.Module, models: nn.ModuleDict, reward: Callable, eval_set: EvalSet, num_steps: int
+) -> tuple[dict[str, float], Tensor]:
+    """Every eval/* figure of a velocity network, and its images [N,1,28,28] on the fixed noise."""
+    noise = eval_set.noise
+    images = models["autoencoder"].decode(sample(velocity, noise, num_steps))
+    logits, features = models["classifier"](images)
+    judge_logits, judge_features = models["judge"](images)
+    share = F.one_hot(logits.argmax(1), 10).float().mean(0)  # [10], by the reward model's labels
+    judge_share = F.one_hot(judge_logits.argmax(1), 10).float().mean(0)
+    # W2 (ORW-CFM-W2's bound): the velocities' distance at fixed points and times.
+    t = (torch.arange(len(noise), device=noise.device) + 0.5) / len(noise)
+    x_t, _ = flow_matching_point(eval_set.base_latents, noise, t)
+    figures = {
+        "reward": reward(images).mean().item(),
+        "judge_reward": judge_logits.softmax(1)[:, eval_set.targets].sum(1).mean().item(),
+        "diversity": pairwise_diversity(features[None]).item(),
+        "judge_diversity": pairwise_diversity(judge_features[None]).item(),
+        "classes": torch.special.entr(share).sum().exp().item(),
+        "judge_classes": torch.special.entr(judge_share).sum().exp().item(),
+        "frechet": frechet_distance(judge_features, eval_set.real_features),
+        "w2": mean_square(velocity(x_t, t) - models["flow"](x_t, t)).mean().item(),
+    }
+    figures |= {f"judge_share_{digit}": judge_share[digit].item() for digit in range(10)}
+    return figures, images
+
+
+def sheet(images: Tensor, rows: int, columns: int) -> np.ndarray:
+    """The first rows x columns images [N,1,28,28] on one sheet, enlarged twice: uint8 [H,W]."""
+    images = F.interpolate(images[: rows * columns].cpu(), scale_factor=2)[:, 0]
+    images = F.pad(images, (0, 0, 0, 0, 0, -len(images) % columns))
+    grid = images.view(-1, columns, 56, 56).transpose(1, 2).reshape(-1, columns * 56)
+    return (grid * 255).round().byte().numpy()
+
+
+def save_samples(run_dir: Path, name: str, images: Tensor) -> None:
+    """128 images as a picture, and all of them as uint8 [N,28,28]."""
+    imsave(run_dir / f"samples/{name}.png", sheet(images, 8, 16), cmap="gray", vmin=0, vmax=255)
+    pixels = (images[:, 0] * 255).round().byte().cpu().numpy()
+    np.save(run_dir / f"samples/{name}.npy", pixels)
+
+
+def plot_collapse(run_dir: Path, results: dict[str, dict], samples: dict[str, Tensor]) -> None:
+    """collapse.png: samples of base model, orw and adrpo from the same noise, side by side."""
+    names = [name for name in results if name.split("-")[0] in ("base", "orw", "adrpo")]
+    titles = {"base": "base model", "orw": "fixed weight ", "adrpo": "ADRPO, $\\beta_0$ = "}
+    figure = Figure(figsize=(3.2 * len(names), 4.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        method, _, strength = name.partition("-")
+        axis.imshow(sheet(samples[name], 8, 8), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(titles[method] + strength, color=COLOURS[method])
+        reward, kept = results[name]["reward"], results[name]["relative_diversity"]
+        axis.set(xlabel=f"reward {reward:.2f}   diversity {kept:.0%}", xticks=[], yticks=[])
+    figure.savefig(run_dir / "collapse.png", dpi=110)
+
+
+def plot_tradeoff(run_dir: Path) -> None:
+    """tradeoff.png: reward against diversity, from the base model along every evaluation."""
+    curves = defaultdict(list)
+    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        if "eval/reward" in row:
+            curves[row["method"]].append((row["eval/reward"], row["eval/diversity"]))
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axis = figure.subplots()
+    fixed = []  # where the fixed weights end
+    for name, curve in curves.items():
+        method, _, strength = name.partition("-")
+        reward, diversity = np.array(curve).T
+        kept = diversity / diversity[0]  # the first is the base model's
+        axis.plot(reward, kept, color=COLOURS[method], alpha=0.35, linewidth=1, marker=".")
+        end, label, offset, shape = (
+            (reward[-1], kept[-1]),
+            name.replace("-", " "),
+            (9, -12),
+            {"s": 70},
+        )
+        if method == "orw":  # labels below on the left, adrpo's above on the right: they come close
+            fixed.append(end)
+            label, offset = f"fixed {strength}", (-50, -13)
+        elif method == "adrpo":
+            offset, shape = (9, 9), {"s": 380, "marker": "*"}
+        axis.scatter(*end, color=COLOURS[method], edgecolor="white", zorder=4, **shape)
+        axis.annotate(label, end, offset, textcoords="offset points", color=COLOURS[method])
+    if fixed:
+        axis.plot(*zip(*sorted(fixed), strict=True), color=COLOURS["orw"], linestyle="--")
+    axis.scatter(reward[0], 1, color="black", marker="D", s=70, zorder=4)
+    axis.annotate("base model", (reward[0], 1), (0, 10), textcoords="offset points")
+    axis.text(0.03, 0.03, "better: up and right  \u2197", transform=axis.transAxes, fontsize=13)
+    axis.margins(0.09)
+    axis.grid(alpha=0.25)
+    axis.set(xlabel="reward", ylabel="diversity, relative to the base model's")
+    figure.savefig(run_dir / "tradeoff.png", dpi=110)
+
+
+# ----------------------------------------------------------------------------------------- rewards
+
+
+def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[Tensor], Tensor]]:
+    """The digits that --reward wants (a plug-in: all ten) and the reward, images [B,1,28,28] ->
+    float32 [B]: the probability of those digits, or the plug-in's values.
+
+    Raises InputError for an unknown reward or values that are not B finite floats. An error inside
+    a plug-in ends in its own traceback."""
+    targets = {"even": [0, 2, 4, 6, 8]} | {f"digit:{digit}": [digit] for digit in range(10)}
+    if spec in targets:
+        wanted = targets[spec]
+        return wanted, lambda images: classifier(images)[0].softmax(1)[:, wanted].sum(1)
     path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise InputError(f"--reward {spec}: unknown; give even, digit:0 to digit:9 or path.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not (path.endswith(".py") and Path(path).is_file()):
+        raise InputError(f"--reward {spec}: give even, digit:0 to digit:9 or FILE.py:function")
+    module_spec = importlib.util.spec_from_file_location("reward_plugin", path)
     module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        return list(range(10)), getattr(module, name)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"--reward {spec}: its function cannot be imported ({reason}); mend it") from error
+    sys.modules["reward_plugin"] = module  # dataclasses and pickle look it up
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--reward {spec}: {path} has no function {name}")
 
-
-def score(spec: str, plugin: Callable | None, classifier: nn.Module, targets: list[int], images: Tensor) -> Tensor:
-    """Rewards of images [B,1,28,28] -> float32 [B]: the probability of the target digits, or the plug-in's values.
-
-    Raises InputError when a plug-in fails, or returns another number of values or one that is not finite."""
-    if plugin is None:
-        return classifier(images)[0].softmax(1)[:, targets].sum(1)
-    count = len(images)
-    try:
-        values = plugin(images, ["a handwritten digit"] * count, [{} for _ in range(count)])
+    def plugin_reward(images: Tensor) -> Tensor:
+        values = function(images, ["a handwritten digit"] * len(images), [{} for _ in images])
         rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {one_line(error)}"
-        raise InputError(f"--reward {spec}: raised {where}") from error
-    if rewards.shape != (count,):
-        raise InputError(f"--reward {spec}: returned shape {list(rewards.shape)} for {count} images; one float each")
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise InputError(f"--reward {spec}: returned {rewards[bad[0]]} for sample {bad[0]} of {count}; must be finite")
-    return rewards
+        if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
+            what = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
+            raise InputError(f"--reward {spec}: gave {what}; must be {len(images)} finite floats")
+        return rewards
+
+    return list(range(10)), plugin_reward
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """One IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist), gzipped or not. Raises InputError."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("it is not an IDX file of bytes")
-        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise InputError(f"--data-dir {path.parent}: {path.name} cannot be read ({error}); fetch it again") from error
+    """One IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist), gzipped or not. Raises
+    ValueError or the reader's own error."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path.name} is not an IDX file of bytes")
+    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
 def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Every MNIST pair in data_dir: uint8 images [N,28,28] and labels [N]; None when there is no pair."""
+    """Every MNIST pair in data_dir: uint8 images [N,28,28] and labels [N]; None when there is no
+    pair. Raises InputError for one that is damaged."""
     pairs = []
     for part in ("train", "t10k"):
-        names = [f"{part}-{kind}-ubyte{end}" for kind in ("images-idx3", "labels-idx1") for end in ("", ".gz")]
-        files = [data_dir / name for name in names if (data_dir / name).is_file()]
-        if len({file.name.removesuffix(".gz") for file in files}) == 2:
-            images, labels = read_idx(files[0]), read_idx(files[-1])
-            pair = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1] and labels.size > 0
-            if not pair or labels.max() > 9:
-                found = f"{list(images.shape)} and {list(labels.shape)}"
-                raise InputError(f"--data-dir {data_dir}: the {part} pair is not 28x28 digits with labels ({found})")
-            pairs.append((images, labels))
-    return (np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])) if pairs else None
+        stems = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
+        found = [data_dir / (stem + end) for stem in stems for end in ("", ".gz")]
+        found = [path for path in found if path.is_file()]
+        if len({path.name.removesuffix(".gz") for path in found}) < 2:
+            continue
+        try:
+            images, labels = read_idx(found[0]), read_idx(found[-1])
+            if images.shape != (*labels.shape, 28, 28) or labels.max() > 9:
+                raise ValueError(f"shapes {images.shape} and {labels.shape}")
+        except Exception as error:
+            raise InputError(f"--data-dir {data_dir}: damaged {part} pair: {error}") from error
+        pairs.append((images, labels))
+    return tuple(np.concatenate(arrays) for arrays in zip(*pairs, strict=True)) or None
 
 
-def download_mnist(data_dir: Path, timeout: float = 10.0, limit: float = 60.0) -> None:
-    """Fetch the four MNIST files: at most `timeout` seconds of silence and `limit` seconds each, MD5 checked, written
-    under a temporary name and renamed. Raises InputError when no mirror gives a right file."""
+def download_mnist(data_dir: Path) -> None:
+    """Fetch MNIST; each file is checked by SHA-256 before it gets its name. Gives up after ten
+    seconds of silence. Raises the library's own error."""
+    socket.setdefaulttimeout(10)
     data_dir.mkdir(parents=True, exist_ok=True)
-    for name, md5 in MNIST_MD5.items():
-        problems = []
-        for mirror in MNIST_MIRRORS:
-            try:
-                start, data = time.monotonic(), b""
-                with urllib.request.urlopen(mirror + name, timeout=timeout) as response:
-                    while (chunk := response.read1(1 << 16)) and time.monotonic() - start < limit:
-                        data += chunk
-                if hashlib.md5(data).hexdigest() != md5:
-                    raise OSError("wrong checksum")
-            except (OSError, http.client.HTTPException) as error:
-                problems.append(f"{mirror}: {getattr(error, 'reason', error)}")
-                continue
-            (data_dir / f"{name}.part").write_bytes(data)
-            (data_dir / f"{name}.part").replace(data_dir / name)
-            break
-        else:
-            remedy = f"put the IDX files into --data-dir {data_dir} or use --dataset digits"
-            raise InputError(f"--dataset mnist: {name} cannot be downloaded ({'; '.join(problems)}); {remedy}")
+    for name, sha256 in MNIST_SHA256.items():
+        torch.hub.download_url_to_file(MNIST_URL + name, str(data_dir / name), sha256)
 
 
 def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
-    """Images float [N,1,28,28] in [0,1], labels int64 [N] and the name of the data set. Raises InputError."""
+    """Images float [N,1,28,28] in [0,1], labels int64 [N], name of the data set; or InputError."""
     arrays = read_mnist(Path(data_dir)) if dataset != "digits" else None
     if arrays is None and dataset != "digits":
         try:
             download_mnist(Path(data_dir))
             arrays = read_mnist(Path(data_dir))
-        except (InputError, OSError) as error:
+        except Exception as error:
+            problem = f"no MNIST in --data-dir {data_dir}, and no download ({error})"
             if dataset == "mnist":
-                reason = (
-                    f"--data-dir {data_dir}: cannot be written ({error})" if isinstance(error, OSError) else str(error)
-                )
-                raise InputError(reason) from error
-            print(f"MNIST is not in {data_dir} and cannot be downloaded: using the digits bundled with scikit-learn")
+                raise InputError(f"{problem}; put it there, or use --dataset digits") from error
+            print(f"{problem}: using scikit-learn's digits")
     if arrays is not None:
-        return torch.tensor(arrays[0]).float()[:, None] / 255, torch.tensor(arrays[1]).long(), "mnist"
-    bunch = load_digits()  # 8x8: enlarged to MNIST's 20x20 inside 28x28, contrast stretched
-    large = F.interpolate(torch.tensor(bunch.images).float()[:, None] / 16, size=20, mode="bicubic")
-    return F.pad(((large - 0.2) * 1.6).clamp(0, 1), (4, 4, 4, 4)), torch.tensor(bunch.target).long(), "digits"
+        images, labels = (torch.tensor(array) for array in arrays)
+        return images.float()[:, None] / 255, labels.long(), "mnist"
+    from sklearn.datasets import load_digits  # seconds of import, for this case only
+
+    digits = load_digits()  # 8x8: enlarged to MNIST's 20x20 inside 28x28, contrast stretched
+    images = torch.tensor(digits.images).float()[:, None] / 16
+    images = F.interpolate(images, size=20, mode="bicubic")
+    images = F.pad(((images - 0.2) * 1.6).clamp(0, 1), (4, 4, 4, 4))
+    return images, torch.tensor(digits.target).long(), "digits"
 
 
-# ----------------------------------------------------------------------------------------------- model and reference
+# --------------------------------------------------------------------------- models and reference
 
 
 class Classifier(nn.Module):
-    """Digit classifier: images [B,1,28,28] -> logits [B,10] and features [B,64]. Two shapes, so that the judge does not
-    share the reward model's weaknesses."""
+    """Digit classifier: images [B,1,28,28] -> logits [B,10] and features [B,64]. Two shapes, so
+    that the judge does not share the reward model's weaknesses."""
 
     def __init__(self, kind: Literal["reward", "judge"]):
         super().__init__()
@@ -314,7 +512,8 @@ class Classifier(nn.Module):
             layers = [nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
             layers += [nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU()]
         else:  # pooled 5x5 convolutions
-            layers = [nn.Conv2d(1, 16, 5), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.GELU(), nn.MaxPool2d(2)]
+            layers = [nn.Conv2d(1, 16, 5), nn.GELU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(16, 32, 5), nn.GELU(), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 64), nn.GELU())
         self.head = nn.Linear(64, 10)
 
@@ -324,15 +523,16 @@ class Classifier(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Variational autoencoder, images [B,1,28,28] in [0,1] <-> latents [B,24]. Latents are shifted and scaled to mean 0
-    and standard deviation 1, as SD3's pipeline does with `shift_factor` and `scaling_factor`."""
+    """Variational autoencoder, images [B,1,28,28] in [0,1] <-> latents [B,24]. Latents are shifted
+    and scaled to mean 0 and standard deviation 1, as SD3's pipeline does with its VAE's."""
 
     def __init__(self, bf16: bool, width: int = 512):
         super().__init__()
-        encoder = [nn.Flatten(), nn.Linear(784, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
-        decoder = [nn.Linear(LATENT_SIZE, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 784)]
-        self.encoder = nn.Sequential(*encoder, nn.Linear(width, 2 * LATENT_SIZE))
-        self.decoder = nn.Sequential(*decoder, nn.Unflatten(1, (1, 28, 28)))
+        encoder = [nn.Flatten(), nn.Linear(784, width), nn.SiLU(), nn.Linear(width, width)]
+        decoder = [nn.Linear(LATENT_SIZE, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        decoder += [nn.Linear(width, 784), nn.Unflatten(1, (1, 28, 28))]
+        encoder += [nn.SiLU(), nn.Linear(width, 2 * LATENT_SIZE)]
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         self.register_buffer("shift", torch.zeros(LATENT_SIZE))
         self.register_buffer("scale", torch.ones(()))
         self.bf16 = bf16
@@ -353,8 +553,8 @@ class Autoencoder(nn.Module):
 
 
 class VelocityNetwork(nn.Module):
-    """Velocity v(x_t, t): latents [B,24] and times [B] in [0,1] -> float32 [B,24]. A residual MLP that takes the time
-    as scale and shift; its output and residual layers start at zero."""
+    """Velocity v(x_t, t): latents [B,24] and times [B] in [0,1] -> float32 [B,24]. A residual MLP
+    that takes the time as scale and shift; its output and residual layers start at zero."""
 
     def __init__(self, bf16: bool, width: int = 384, depth: int = 3):
         super().__init__()
@@ -366,8 +566,9 @@ class VelocityNetwork(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.residuals = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.output = nn.Linear(width, LATENT_SIZE)
-        for parameter in [p for layer in (*self.residuals, self.output) for p in layer.parameters()]:
-            nn.init.zeros_(parameter)
+        for layer in (*self.residuals, self.output):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.bf16 = bf16
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -375,18 +576,17 @@ class VelocityNetwork(nn.Module):
             angles = t[:, None] * self.frequencies
             time_features = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
             h = self.input(x)
-            for norm, modulation, hidden, residual in zip(
-                self.norms, self.modulations, self.hidden, self.residuals, strict=False
-            ):
-                scale, shift = modulation(time_features).chunk(2, dim=1)
-                h = h + residual(F.silu(hidden(norm(h)) * (1 + scale) + shift))
+            for i, residual in enumerate(self.residuals):
+                scale, shift = self.modulations[i](time_features).chunk(2, dim=1)
+                h = h + residual(F.silu(self.hidden[i](self.norms[i](h)) * (1 + scale) + shift))
             return self.output(F.silu(self.norms[-1](h))).float()
 
 
 def build_models(bf16: bool, device: torch.device) -> nn.ModuleDict:
     """The four networks of the toy world, untrained."""
     models = {"classifier": Classifier("reward"), "judge": Classifier("judge")}
-    return nn.ModuleDict(models | {"autoencoder": Autoencoder(bf16), "flow": VelocityNetwork(bf16)}).to(device)
+    models |= {"autoencoder": Autoencoder(bf16), "flow": VelocityNetwork(bf16)}
+    return nn.ModuleDict(models).to(device)
 
 
 @torch.no_grad()
@@ -395,58 +595,64 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def fit(name: str, model: nn.Module, loss_fn: Callable[[], Tensor], steps: int, learning_rate: float) -> None:
-    """Minimise loss_fn() by `steps` AdamW steps on one learning-rate cycle; leaves the weights' moving average."""
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
+def fit(name: str, model: nn.Module, loss_fn: Callable, steps: int, learning_rate: float) -> None:
+    """Minimise loss_fn() in one learning-rate cycle; leaves the moving average of the weights."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, **ADAM)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps + 1, pct_start=0.1)
     average = copy.deepcopy(model)
-    bar = tqdm(range(steps), f"train {name}", mininterval=1.0, leave=False)
+    bar = tqdm(range(steps), f"train {name}", mininterval=1.0)
     for step in bar:
         loss = loss_fn()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        schedule.step()
+        cycle.step()
         update_average(average, model, min(0.999, (step + 1) / (step + 10)))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     model.load_state_dict(average.state_dict())
 
 
-def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, generator: torch.Generator) -> dict:
-    """Train reward model, judge, autoencoder and base flow in place. Returns the classifiers' held-out accuracies."""
+def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, rng) -> dict:
+    """Train reward model, judge, autoencoder and base flow in place, all random numbers from `rng`.
+    Returns the classifiers' held-out accuracies."""
     classifier, judge, autoencoder, flow = models.values()
-    order = torch.randperm(len(images), generator=generator).to(images.device)
+    order = torch.randperm(len(images), generator=rng).to(images.device)
     held_out, train = order[: len(order) // 10], order[len(order) // 10 :]
 
     def pick(pool: Tensor, size: int) -> Tensor:
-        return pool[torch.randint(len(pool), (size,), generator=generator).to(pool.device)]
+        return pool[torch.randint(len(pool), (size,), generator=rng).to(pool.device)]
 
     def classifier_loss(model: Classifier) -> Tensor:
-        # Noise of random strength and shifts of up to two pixels: a reward model that only ever saw clean, centred
+        # Noise and shifts of up to two pixels: a reward model that only ever saw clean, centred
         # digits is easy to fool, and fine-tuning finds out how.
         index = pick(train, 128)
-        shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        strength = 0.5 * torch.rand(128, 1, 1, 1, generator=generator)
-        noise = (strength * torch.randn(128, 1, 28, 28, generator=generator)).to(images.device)
+        shift = torch.randint(-2, 3, (2,), generator=rng).tolist()
+        strength = 0.5 * torch.rand(128, 1, 1, 1, generator=rng)
+        noise = (strength * torch.randn(128, 1, 28, 28, generator=rng)).to(images.device)
         batch = (torch.roll(images[index], shift, dims=(2, 3)) + noise).clamp(0, 1)
         return F.cross_entropy(model(batch)[0], labels[index])
 
     def autoencoder_loss() -> Tensor:
         batch = images[pick(order, 128)]
         mean, log_variance = autoencoder.encode(batch)
-        noise, _ = noise_and_time(128, generator, images.device)
+        noise, _ = noise_and_time(128, rng, images.device)
         logits = autoencoder.decode_logits(mean + (log_variance / 2).exp() * noise)
-        reconstruction = F.binary_cross_entropy_with_logits(logits, batch, reduction="none").sum((1, 2, 3))
+        pixels = F.binary_cross_entropy_with_logits(logits, batch, reduction="none").sum((1, 2, 3))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
-        return (reconstruction + 0.02 * kl).mean()
+        return (pixels + 0.02 * kl).mean()
 
     def flow_loss() -> Tensor:
-        noise, t = noise_and_time(256, generator, images.device)
+        noise, t = noise_and_time(256, rng, images.device)
         x_t, u = flow_matching_point(latents[pick(order, 256)], noise, t)
         return F.mse_loss(flow(x_t, t), u)
 
-    fit("reward model", classifier, lambda: classifier_loss(classifier), args.classifier_steps, 3e-3)
+    def accuracy(model: Classifier) -> float:
+        return (model(images[held_out])[0].argmax(1) == labels[held_out]).float().mean().item()
+
+    fit(
+        "reward model", classifier, lambda: classifier_loss(classifier), args.classifier_steps, 3e-3
+    )
     fit("judge", judge, lambda: classifier_loss(judge), args.classifier_steps, 3e-3)
     fit("autoencoder", autoencoder, autoencoder_loss, args.autoencoder_steps, 2e-3)
     with torch.no_grad():
@@ -455,350 +661,90 @@ def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, 
         autoencoder.scale.copy_(raw.std())
         latents = (raw - autoencoder.shift) / autoencoder.scale
     fit("base flow", flow, flow_loss, args.flow_steps, 1e-3)
-    right = {name: models[name](images[held_out])[0].argmax(1) == labels[held_out] for name in ("classifier", "judge")}
-    return {f"{name}_accuracy": value.float().mean().item() for name, value in right.items()}
+    return {"classifier_accuracy": accuracy(classifier), "judge_accuracy": accuracy(judge)}
 
 
-def save_pretrained(path: Path, models: nn.ModuleDict, info: dict) -> None:
-    """Write the four networks to one safetensors file with `info` in its header; temporary name, then rename."""
-    save_file(models.state_dict(), path.with_suffix(".part"), metadata={"info": json.dumps(info)})
-    path.with_suffix(".part").replace(path)
-
-
-def load_pretrained(spec: str, models: nn.ModuleDict, data_name: str) -> dict:
-    """Load what save_pretrained wrote (a file, or a run folder) into `models`; returns its info. Raises InputError."""
+def load_pretrained(spec: str, models: nn.ModuleDict) -> dict:
+    """Load a run's pretrained.safetensors (its folder, or the file) into `models`; returns what its
+    header says of them. Raises InputError."""
     path = Path(spec) / "pretrained.safetensors" if Path(spec).is_dir() else Path(spec)
     try:
+        models.load_state_dict(load_file(path))
         with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
-            models.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = one_line(error)[-160:]
-        remedy = "give a finished run's folder, or leave the flag out to train anew"
-        raise InputError(f"--pretrained {spec}: no networks of this script in {path} ({reason}); {remedy}") from error
-    if info.get("dataset") != data_name:
-        raise InputError(f"--pretrained {spec}: trained on {info.get('dataset')}, but --dataset gives {data_name}")
-    return info
+            return json.loads(file.metadata()["info"])
+    except Exception as error:
+        raise InputError(f"--pretrained {spec}: no networks of this script ({error})") from error
 
 
-# ----------------------------------------------------------------------------------------------------------- rollout
+# --------------------------------------------------------------------------------------- run files
 
 
-@torch.no_grad()
-def sample(velocity: nn.Module, noise: Tensor, num_steps: int) -> Tensor:
-    """Integrate dx/dt = v(x, t) from noise [B,D] at t = 0 to latents [B,D] at t = 1 with Euler steps."""
-    x = noise
-    for step in range(num_steps):
-        t = torch.full((len(x),), step / num_steps, device=x.device)
-        x = x + velocity(x, t) / num_steps
-    return x
+def create_run(args: Args) -> Path:
+    """Create the run's folder with args.json in it. Raises InputError where it cannot."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = args.run_name or f"{SCRIPT}-{'+'.join(args.methods)}-seed{args.seed}-{stamp}"
+    folder = Path(args.output_dir) / name
+    git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
+    failed, commit = subprocess.getstatusoutput(git)
+    record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv}
+    record["versions"] = {"python": sys.version, "torch": torch.__version__}
+    record["git_commit"] = None if failed else commit
+    try:
+        (folder / "samples").mkdir(parents=True)
+        (folder / "final").mkdir()
+    except OSError as error:
+        raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
+    (folder / "args.json").write_text(json.dumps(record, indent=2))
+    return folder
 
 
-def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (a plug-in may draw from one) and return a generator, all from `numbers`. Each
-    iteration has a stream of its own, so a resumed run needs no stored random state."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-def noise_and_time(count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x0 ~ N(0, I) [count,24] and t ~ U(0, 1) [count] (eq. 6). Drawn on the CPU: the same numbers on every device."""
-    noise, t = torch.randn(count, LATENT_SIZE, generator=generator), torch.rand(count, generator=generator)
-    return noise.to(device), t.to(device)
-
-
-def flow_matching_point(x1: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t = (1 - t) noise + t x1 and the velocity u = x1 - noise of that path: x1, noise [B,D], t [B] -> two [B,D]."""
-    return torch.lerp(noise, x1, t[:, None]), x1 - noise
-
-
-# -------------------------------------------------------------------------------------------------------------- loss
-
-
-def group_advantage(
-    rewards: Tensor, beta0: float, clip_k: float | None = None, normalize: Literal["none", "group", "global"] = "none"
-) -> Tensor:
-    """Advantage of each sample over the others of its prompt (eq. 6: A = R - V, V the mean reward of the prompt).
-
-    rewards [P,G] -> A [P,G], detached. `normalize` divides by the standard deviation of the group, or of all rewards;
-    `clip_k` then clips to +-clip_k * beta0. Clipped here, once: the loss uses the same A in both of its terms."""
-    advantage = rewards - rewards.mean(dim=1, keepdim=True)  # [P,G]
-    if normalize == "group":
-        advantage = advantage / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    elif normalize == "global":
-        advantage = advantage / (rewards.std() + 1e-4)
-    if clip_k is not None:
-        advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
-    return advantage.detach()
-
-
-def mean_square(difference: Tensor) -> Tensor:
-    """Mean over a sample's elements of the squared difference: [B,...] -> [B]."""
-    return difference.square().flatten(1).mean(1)
-
-
-def adrpo_fm_loss(v: Tensor, v_ref: Tensor, u: Tensor, advantage: Tensor, beta0: float) -> Tensor:
-    """ADRPO for flow matching (eq. 6): A |v - u|^2 + (beta0 - A) |v - v_ref|^2.
-
-    v, v_ref, u [B,...], advantage [B] -> loss [B]. As a function of v its curvature is A + (beta0 - A) = beta0 whatever
-    A is: it equals beta0 |v - v_star|^2 up to a constant, with v_star = v_ref + (A / beta0)(u - v_ref), and so is
-    bounded below for bad samples too (ours, see the docs)."""
-    return advantage * mean_square(v - u) + (beta0 - advantage) * mean_square(v - v_ref)
-
-
-def orw_weights(rewards: Tensor, tau: float) -> Tensor:
-    """ORW-CFM-W2's weights exp(tau R), normalised to mean 1 over each group: rewards [P,G] -> [P,G], detached."""
-    return (torch.softmax(tau * rewards, dim=1) * rewards.shape[1]).detach()
-
-
-def orw_fm_loss(v: Tensor, v_ref: Tensor, u: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """ORW-CFM-W2: w |v - u|^2 + alpha |v - v_ref|^2. v, v_ref, u [B,...], weight [B] -> loss [B]."""
-    return weight * mean_square(v - u) + alpha * mean_square(v - v_ref)
-
-
-def dpo_fm_loss(
-    v_w: Tensor, v_w_ref: Tensor, u_w: Tensor, v_l: Tensor, v_l_ref: Tensor, u_l: Tensor, beta_dpo: float
-) -> Tensor:
-    """Diffusion-DPO on the flow-matching errors e = mean |v - u|^2 of winners (w) and losers (l), which share noise and
-    t: -log sigmoid(-beta_dpo / 2 [(e_w - e_w_ref) - (e_l - e_l_ref)]). All [B,...] -> loss [B]."""
-    winner = mean_square(v_w - u_w) - mean_square(v_w_ref - u_w)
-    loser = mean_square(v_l - u_l) - mean_square(v_l_ref - u_l)
-    return -F.logsigmoid(-beta_dpo / 2 * (winner - loser))
-
-
-def best_and_worst(rewards: Tensor, subgroup_size: int) -> tuple[Tensor, Tensor]:
-    """Indices of the best and of the worst sample of each subgroup: rewards [G] -> two [G / subgroup_size]."""
-    groups = rewards.view(-1, subgroup_size)
-    offsets = torch.arange(len(groups), device=rewards.device) * subgroup_size
-    return groups.argmax(1) + offsets, groups.argmin(1) + offsets
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluate
-
-
-def pairwise_diversity(features: Tensor) -> Tensor:
-    """Mean over the pairs i != j of one prompt of 1 - cosine(f_i, f_j): features [P,G,D] -> [P] (ours; the paper
-    publishes no formula). The sum over all pairs of unit vectors is |sum_i f_i|^2: no [G,G] matrix is needed."""
-    unit = F.normalize(features.float(), dim=-1)
-    count = unit.shape[1]
-    pair_sum = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))  # [P], over ordered pairs i != j
-    return 1 - pair_sum / (count * (count - 1))
-
-
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Fréchet distance of Gaussians fitted to features [N,D] and [M,D] (Heusel et al. 2017; here the judge's)."""
-    a, b = features_a.cpu().double(), features_b.cpu().double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
-@torch.no_grad()
-def evaluate(
-    velocity: nn.Module,
-    models: nn.ModuleDict,
-    rewards_of: Callable[[Tensor], Tensor],
-    targets: list[int],
-    real_features: Tensor,
-    noise: Tensor,
-    base_latents: Tensor,
-    num_steps: int,
-) -> tuple[dict[str, float], Tensor]:
-    """Every eval/* figure of a velocity network on fixed noise [N,24]; returns them and the images [N,1,28,28].
-
-    real_features [M,64] are the judge's features of real digits of the target classes; base_latents [N,24] are samples
-    of the base model from other noise, from which the fixed points (x_t, t) of the W2 figure are made."""
-    images = models["autoencoder"].decode(sample(velocity, noise, num_steps))
-    logits, features = models["classifier"](images)
-    judge_logits, judge_features = models["judge"](images)
-    share = F.one_hot(logits.argmax(1), 10).float().mean(0)  # [10], by the reward model's labels
-    judge_share = F.one_hot(judge_logits.argmax(1), 10).float().mean(0)
-    t = (torch.arange(len(noise), device=noise.device) + 0.5) / len(noise)
-    x_t, _ = flow_matching_point(base_latents, noise, t)
-    metrics = {
-        "reward": rewards_of(images).mean().item(),
-        "judge_reward": judge_logits.softmax(1)[:, targets].sum(1).mean().item(),
-        "diversity": pairwise_diversity(features[None]).item(),
-        "judge_diversity": pairwise_diversity(judge_features[None]).item(),
-        "classes": torch.special.entr(share).sum().exp().item(),
-        "judge_classes": torch.special.entr(judge_share).sum().exp().item(),
-        "frechet": frechet_distance(judge_features, real_features),
-        "w2": mean_square(velocity(x_t, t) - models["flow"](x_t, t)).mean().item(),
-    }
-    return metrics | {f"judge_share_{digit}": judge_share[digit].item() for digit in range(10)}, images
-
-
-def coefficient_statistics(advantage: Tensor, beta0: float) -> dict[str, float]:
-    """The adrpo/* figures of one rollout; extrapolation is |A| / beta0: how far v_star lies from v_ref towards u."""
-    coefficient, extrapolation = beta0 - advantage, advantage.abs() / beta0
-    return {
-        "adrpo/coefficient_mean": coefficient.mean().item(),
-        "adrpo/coefficient_min": coefficient.min().item(),
-        "adrpo/coefficient_max": coefficient.max().item(),
-        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
-        "adrpo/extrapolation_mean": extrapolation.mean().item(),
-        "adrpo/extrapolation_max": extrapolation.max().item(),
-    }
-
-
-def log(path: Path, writer: SummaryWriter, method: str, step: int, record: dict[str, float]) -> None:
-    """Append one JSON line to metrics.jsonl, and the same figures to TensorBoard."""
+def log(path: Path, writer: SummaryWriter, name: str, step: int, record: dict[str, float]) -> None:
+    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
     with path.open("a") as file:
-        file.write(json.dumps({"method": method, "step": step, **record}) + "\n")
+        row = {"method": name, "step": step, **record}
+        file.write(json.dumps(row, allow_nan=False) + "\n")
     for tag, value in record.items():
         writer.add_scalar(tag, value, step)
 
 
 def synchronized_time(device: torch.device) -> float:
     """Wall clock in seconds, after the device has finished what it was given."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: of the GPU, else of this process (nan where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def network_seconds(method: str, args: Args, models: nn.ModuleDict, network: nn.Module) -> float:
-    """Seconds of one iteration's network calls alone, in the same shapes: no rewards, losses, optimiser or logging.
-    The yardstick of network_share in summary.json."""
-    device = next(network.parameters()).device
-    x, t = torch.randn(args.group_size, LATENT_SIZE, device=device), torch.rand(args.group_size, device=device)
-    start = synchronized_time(device)
-    with torch.no_grad():
-        if method != "dpo" or args.dpo_online:
-            sample(network, x, args.num_steps)
-            models["classifier"](models["autoencoder"].decode(x))
-        for _ in range(args.updates_per_iteration if method in ("adrpo", "orw-w2", "dpo") else 0):
-            models["flow"](x, t)
-    for _ in range(args.updates_per_iteration):
-        network(x, t).backward(x)
-    network.zero_grad(set_to_none=True)
-    return synchronized_time(device) - start
-
-
-def picture(images: Tensor, rows: int, columns: int) -> Tensor:
-    """The first rows x columns images [N,1,28,28] as one sheet [3,H,W], enlarged twice."""
-    return make_grid(F.interpolate(images[: rows * columns].cpu(), scale_factor=2), columns, padding=0)
-
-
-def plot_collapse(run_dir: Path, results: dict[str, dict], path: Path) -> None:
-    """Samples of base, orw, orw-w2 and adrpo (those that were run) from the same noise, side by side."""
-    titles = {"base": "base model", "orw": "orw: no divergence term", "orw-w2": "orw-w2: fixed weight"}
-    names = [name for name in (*titles, "adrpo") if name in results]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 4.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        images = torch.tensor(np.load(run_dir / "samples" / f"{name}.npy"))[:, None].float() / 255
-        axis.imshow(picture(images, 8, 8).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(titles.get(name, "adrpo: adaptive weight"), color=COLOURS.get(name, "black"))
-        result = results[name]
-        caption = f"reward {result['reward']:.2f}   diversity {result['diversity']:.2f}"
-        axis.set(xlabel=f"{caption}\n{result['classes']:.1f} effective classes", xticks=[], yticks=[])
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_tradeoff(curves: dict[str, list[dict]], path: Path) -> None:
-    """Reward against diversity and against W2, and the figures over the iterations. curves: evaluations per method."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4))
-    labels = {"w2": "W2: mean $|v - v_{ref}|^2$", "judge_reward": "reward, by the judge"}
-    for method, points in curves.items():
-        values = {tag: [p[f"eval/{tag}"] for p in points] for tag in ("reward", "judge_reward", "diversity", "w2")}
-        for axis, tag in ((axes[0, 0], "diversity"), (axes[1, 0], "w2")):
-            x, y, fade = values["reward"], values[tag], np.linspace(0.15, 0.9, len(points) - 1)
-            axis.plot(x, y, color=COLOURS[method], alpha=0.2, linewidth=1)
-            axis.scatter(x[1:], y[1:], color=COLOURS[method], alpha=fade, s=36, linewidths=0)
-            axis.scatter(x[-1], y[-1], color=COLOURS[method], marker="*", s=260, label=method, zorder=3)
-            axis.scatter(x[0], y[0], color="black", marker="D", s=60, zorder=3)  # the base model
-            axis.set(xlabel="reward", ylabel=labels.get(tag, tag))
-        for axis, tag in zip(axes[:, 1:].flat, ("reward", "diversity", "judge_reward", "w2"), strict=True):
-            axis.plot([p["step"] for p in points], values[tag], color=COLOURS[method], marker=".", label=method)
-            axis.set(xlabel="iteration", ylabel=labels.get(tag, tag))
-    axes[0, 0].scatter([], [], color="black", marker="D", s=60, label="base model")
-    axes[0, 0].legend()
-    for axis in axes.flat:
-        axis.grid(alpha=0.25)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-# -------------------------------------------------------------------------------------------------------- checkpoint
-
-
-def save_checkpoint(run_dir: Path, progress: dict, parts: dict) -> None:
-    """Write `progress` and the state of `parts` (modules, optimiser) into checkpoints/: temporary name, then rename;
-    keeps the newest few. Raises InputError when the folder cannot be written; the earlier checkpoints stay."""
-    path = run_dir / "checkpoints" / f"{progress['method']}-{progress['iteration']:06d}.pt"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        torch.save(progress | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"--output-dir: {path} cannot be written ({error}); make room, then --resume") from error
-    for old in sorted(path.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime_ns)[:-KEEP_CHECKPOINTS]:
-        old.unlink()
-
-
-def load_checkpoint(run_dir: Path) -> dict:
-    """The newest checkpoint of a run, {} when it has none yet. Raises InputError for a file that cannot be read."""
-    files = sorted((run_dir / "checkpoints").glob("*.pt"), key=lambda file: file.stat().st_mtime_ns)
-    try:
-        return torch.load(files[-1], map_location="cpu", weights_only=True) if files else {}
-    except Exception as error:
-        remedy = "delete it to use the one before"
-        raise InputError(f"--resume: {files[-1]} cannot be read ({one_line(error)}); {remedy}") from error
-
-
-# -------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- main
 
 
 def check_args(args: Args) -> None:
-    """Raise InputError for a flag that cannot work."""
-    unknown = [method for method in args.methods if method not in METHODS]
-    if unknown or not args.methods or len(set(args.methods)) < len(args.methods):
-        what = f"unknown {' '.join(unknown)}" if unknown else "empty or repeated"
-        raise InputError(f"--methods {' '.join(args.methods)}: {what}; choose from {' '.join(METHODS)}, each once")
-    positive = "classifier_steps autoencoder_steps flow_steps iterations num_steps updates_per_iteration learning_rate"
-    positive += " max_grad_norm beta0 tau beta_dpo eval_every save_every"
-    rules = [(name, "above 0", getattr(args, name) > 0) for name in positive.split()]
-    rules.append(("group_size", "at least 2", args.group_size >= 2))
-    rules.append(("eval_samples", "at least 2", args.eval_samples >= 2))
-    rules.append(("alpha", "0 or more", args.alpha >= 0))
-    rules.append(("ema_decay", "at least 0 and below 1", 0 <= args.ema_decay < 1))
-    rules.append(("adv_clip_k", "above 0", args.adv_clip_k is None or args.adv_clip_k > 0))
-    rules.append(("subgroup_size", "even and above 0", args.subgroup_size > 0 and args.subgroup_size % 2 == 0))
-    if {"raft", "dpo"} & set(args.methods):
-        divides = args.group_size % max(args.subgroup_size, 1) == 0
-        rules.append(("group_size", f"a multiple of --subgroup-size {args.subgroup_size} for raft and dpo", divides))
-    for name, rule, holds in rules:
+    """Raise InputError for flags that cannot work."""
+    for field in dataclasses.fields(args):
+        given = getattr(args, field.name)
+        values = given if isinstance(given, tuple) else (given,)
+        or_zero = field.name in ("seed", "alpha", "tau", "ema_decay")
+        numbers = [value for value in values if type(value) in (int, float)]
+        positive = all(number > 0 or (or_zero and number == 0) for number in numbers)
+        if not (positive and values and len(set(values)) == len(values)):
+            flag = f"--{field.name.replace('_', '-')} {' '.join(map(str, values))}"
+            raise InputError(f"{flag}: above 0{' or 0' * or_zero}; of several values, each once")
+    fits = not {"raft", "dpo"} & set(args.methods) or args.group_size % args.subgroup_size == 0
+    rules = [
+        (min(args.group_size, args.eval_samples) >= 2, "--group-size, --eval-samples: at least 2"),
+        (args.ema_decay < 1, "--ema-decay: below 1"),
+        (args.subgroup_size % 2 == 0, "--subgroup-size: even"),
+        (fits, "--group-size: a multiple of --subgroup-size for raft and dpo"),
+        ("WORLD_SIZE" not in os.environ, "torchrun: this script is one process; use python"),
+    ]
+    for holds, rule in rules:
         if not holds:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
+            raise InputError(rule)
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
-    """The torch device, and whether to run in bfloat16. Raises InputError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: cannot be used ({one_line(error)}); try auto or cpu") from error
+    """The torch device, and whether to compute in bfloat16."""
+    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(found if name == "auto" else name)
     units = torch.cpu.get_capabilities()
     native = {"cpu": bool(units.get("avx512_bf16") or units.get("amx_bf16"))}
     if device.type == "cuda":
@@ -806,262 +752,208 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
     return device, precision == "bf16" or (precision == "auto" and native.get(device.type, False))
 
 
-def find_run(args: Args) -> tuple[Args, Path]:
-    """The flags and the folder of the run that --resume names. Raises InputError."""
-    folder = Path(args.resume)
-    if args.resume == "latest":
-        runs = [f for f in Path(args.output_dir).glob("*/args.json") if f'"script": "{SCRIPT}"' in f.read_text()]
-        if not runs:
-            raise InputError(f"--resume latest: no run of this script in --output-dir {args.output_dir}")
-        folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
-    if not (folder / "args.json").is_file():
-        raise InputError(f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)")
-    try:
-        record = json.loads((folder / "args.json").read_text())
-        if record["script"] != SCRIPT:
-            raise InputError(f"--resume {args.resume}: is a run of {record['script']}, not of {SCRIPT}")
-        stored = Args(**record["args"] | {"methods": tuple(record["args"]["methods"])})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(
-            f"--resume {args.resume}: its args.json is not this version's ({reason}); start anew"
-        ) from error
-    for field in dataclasses.fields(Args):
-        given, kept, flag = getattr(args, field.name), getattr(stored, field.name), field.name.replace("_", "-")
-        if field.name not in ("resume", "output_dir") and given not in (field.default, kept):
-            raise InputError(f"--{flag} {given}: the resumed run has {kept}; leave the flag out or start a new run")
-    return stored, folder
-
-
-def create_run(args: Args) -> Path:
-    """Create the run folder with args.json in it. Raises InputError."""
-    name = args.run_name or f"{SCRIPT}-{'+'.join(args.methods)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.output_dir) / name
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv, "versions": versions}
-    try:
-        folder.mkdir(parents=True)
-        for name in ("samples", "final"):
-            (folder / name).mkdir()
-        (folder / "args.json").write_text(json.dumps(record | {"git_commit": commit}, indent=2))
-    except FileExistsError as error:
-        raise InputError(
-            f"--run-name {folder.name}: {folder} exists; take another name, or --resume {folder}"
-        ) from error
-    except OSError as error:
-        raise InputError(f"--output-dir {args.output_dir}: cannot be written ({error}); name another folder") from error
-    return folder
-
-
-def keep_metrics(path: Path, checkpoint: dict) -> None:
-    """Drop from metrics.jsonl what an interrupted run logged after its checkpoint."""
-    finished, method, iteration = (
-        checkpoint.get("results", {}),
-        checkpoint.get("method"),
-        checkpoint.get("iteration", -1),
-    )
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
-    kept = [s for s, row in rows if row["method"] in finished or (row["method"] == method and row["step"] <= iteration)]
-    path.write_text("".join(kept))
+def fine_tunings(args: Args) -> list[tuple[str, str, float | None]]:
+    """Name, method and strength of every fine-tuning, such as ("orw-0.2", "orw", 0.2)."""
+    strengths = {"adrpo": args.beta0, "orw": args.alpha, "raft": (None,), "dpo": args.beta_dpo}
+    pairs = [(method, strength) for method in args.methods for strength in strengths[method]]
+    return [(m if s is None else f"{m}-{s:g}", m, s) for m, s in pairs]
 
 
 def main(args: Args) -> None:
     start_time = time.perf_counter()
     check_args(args)
-    args, run_dir = find_run(args) if args.resume else (args, None)
     device, bf16 = choose_device(args.device, args.precision)
-    targets, plugin = parse_reward(args.reward)
     images, labels, data_name = load_data(args.dataset, args.data_dir)
     images, labels = images.to(device), labels.to(device)
-    if plugin is not None:
-        score(args.reward, plugin, None, targets, images[:8])  # a wrong plug-in is found before any training
+
+    # The frozen parts: reward model, judge, autoencoder, and the base flow, the reference.
     generator = seed_everything(args.seed)
-
-    # The frozen parts: reward model, judge, autoencoder, and the base flow, which is also the reference.
     models = build_models(bf16, device)
-    own = run_dir / "pretrained.safetensors" if run_dir else None
-    source = str(own) if own and own.is_file() else args.pretrained
-    info = load_pretrained(source, models, data_name) if source else {"dataset": data_name}
-    run_dir = run_dir or create_run(args)
-    print(f"{run_dir}: {len(images)} {data_name} images, {device}, {'bf16' if bf16 else 'fp32'}")
-    if not source:
-        info |= pretrain(args, images, labels, models, generator)
-        info["pretrain_seconds"] = time.perf_counter() - start_time
-    save_pretrained(run_dir / "pretrained.safetensors", models, info)
-    models.requires_grad_(False)
     reference, autoencoder = models["flow"], models["autoencoder"]
-    rewards_of = functools.partial(score, args.reward, plugin, models["classifier"], targets)
+    targets, reward = make_reward(args.reward, models["classifier"])
+    reward(images[:8])  # a wrong plug-in is found before any training
+    info = load_pretrained(args.pretrained, models) if args.pretrained is not None else {}
+    if info.get("dataset", data_name) != data_name:
+        raise InputError(f"--pretrained {args.pretrained}: is of --dataset {info['dataset']}")
+    run_dir = create_run(args)
+    print(f"{run_dir}: {len(images)} {data_name} images, {device}, {'bf16' if bf16 else 'fp32'}")
+    if not info:
+        info = {"dataset": data_name} | pretrain(args, images, labels, models, generator)
+    header = {"info": json.dumps(info)}
+    save_file(models.state_dict(), run_dir / "pretrained.safetensors", header)
+    models.requires_grad_(False)
 
-    # Everything an evaluation needs is fixed here, once: the noise, the (x_t, t) of W2, the real digits' features.
-    generator = seed_everything(args.seed, len(METHODS))
+    # What every evaluation shares, and the base model's own figures.
+    generator = seed_everything(args.seed, STREAMS["evaluation"])
     eval_noise, _ = noise_and_time(args.eval_samples, generator, device)
     other_noise, _ = noise_and_time(args.eval_samples, generator, device)
     base_latents = sample(reference, other_noise, args.num_steps)
-    real_features = models["judge"](images[torch.isin(labels, torch.tensor(targets, device=device))][:10_000])[1]
-    fixed = (models, rewards_of, targets, real_features, eval_noise, base_latents, args.num_steps)
-    base, final_images = evaluate(reference, *fixed)
-    groups = args.group_size // args.subgroup_size
-    print(
-        f"reward model and judge are right on {info['classifier_accuracy']:.1%} and {info['judge_accuracy']:.1%} of "
-        f"held-out digits; base model: reward {base['reward']:.3f}, diversity {base['diversity']:.3f}\n"
-        f"per method {args.iterations} iterations of {args.group_size} samples ({groups} subgroups for raft, dpo) and "
-        f"{args.updates_per_iteration} updates"
-    )
+    wanted = torch.isin(labels, torch.tensor(targets, device=device))
+    real_features = models["judge"](images[wanted][:10_000])[1]
+    eval_set = EvalSet(eval_noise, base_latents, real_features, targets)
+    base, final_images = evaluate(reference, models, reward, eval_set, args.num_steps)
+    results, samples = {"base": base | {"relative_diversity": 1.0}}, {"base": final_images}
+    save_samples(run_dir, "base", final_images)
 
-    def save_samples(name: str, images: Tensor) -> None:
-        save_image(picture(images, 8, 16), run_dir / "samples" / f"{name}.png")
-        np.save(run_dir / "samples" / f"{name}.npy", (images[:, 0] * 255).round().byte().cpu().numpy())
+    # One rollout of the base model: the unit of adrpo's advantage, and the pairs of offline dpo.
+    generator = seed_everything(args.seed, STREAMS["dpo"])
+    noise, _ = noise_and_time(8 * args.group_size, generator, device)
+    base_rollout = sample(reference, noise, args.num_steps)  # [8G,24]
+    base_rewards = reward(autoencoder.decode(base_rollout))
+    base_mean, base_std = base_rewards.mean().item(), base_rewards.std().item()
+    info |= {"base_reward_mean": base_mean, "base_reward_std": base_std}
+    for beta0 in args.beta0:
+        # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
+        gain = (base_std**2 if args.adv_norm == "none" else base_std) / beta0
+        print(
+            f"base reward {base_mean:.3f} +- {base_std:.3f}; beta0 {beta0:g} asks for {gain:+.3f}"
+        )
+    if args.adv_norm == "base" and base_std <= 1e-6 * base_rewards.abs().max():
+        raise InputError("--reward: the base model's are all equal; --adv-norm none goes on anyway")
 
-    save_samples("base", final_images)
-    checkpoint = load_checkpoint(run_dir)
-    results = checkpoint.get("results", {})
     metrics_path = run_dir / "metrics.jsonl"
-    keep_metrics(metrics_path, checkpoint)
-
-    for method in [method for method in args.methods if method not in results]:
+    for name, method, strength in fine_tunings(args):
         network = copy.deepcopy(reference).requires_grad_(True)
-        policy = copy.deepcopy(reference)  # moving average of `network`: the previous policy, and what is evaluated
-        optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        parts = {"network": network, "policy": policy, "optimizer": optimizer}
-        first, seconds, metrics, network_share = 0, 0.0, base, []
+        policy = copy.deepcopy(reference)  # average of `network`: draws the rollouts, is evaluated
+        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, **ADAM)
+        writer = SummaryWriter(run_dir / name)
+        log(metrics_path, writer, name, 0, {f"eval/{tag}": value for tag, value in base.items()})
         offline = method == "dpo" and not args.dpo_online
-        if offline:
-            noise, _ = noise_and_time(8 * args.group_size, seed_everything(args.seed, METHODS.index(method)), device)
-            pool = sample(reference, noise, args.num_steps)
-            pool_rewards = rewards_of(autoencoder.decode(pool))
-        if checkpoint.get("method") == method:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            first, seconds = checkpoint["iteration"], checkpoint["seconds"]
-            writer = SummaryWriter(run_dir / method, purge_step=first + 1)  # drop what was logged after the checkpoint
-        else:
-            writer = SummaryWriter(run_dir / method, purge_step=0)
-            log(metrics_path, writer, method, 0, {f"eval/{tag}": value for tag, value in base.items()})
+        regularised = method in ("adrpo", "dpo") or (method == "orw" and strength > 0)
+        metrics, seconds = base, 0.0
 
-        bar = tqdm(range(first, args.iterations), f"{method:7s}", initial=first, total=args.iterations, mininterval=0.5)
+        bar = tqdm(range(args.iterations), f"{name:9s}", mininterval=0.5)
         for iteration in bar:
-            # 1. Rollout: x1 from the previous policy (eq. 6), and its reward.
+            # ---- 1. rollout: x1 from the policy (eq. 6), and its reward
             started = synchronized_time(device)
-            generator = seed_everything(args.seed, METHODS.index(method), iteration + 1)
-            if offline:
-                rows = torch.randint(len(pool) // args.subgroup_size, (groups,), generator=generator).to(device)
-                latents = pool.view(-1, args.subgroup_size, LATENT_SIZE)[rows].flatten(0, 1)
-                rewards = pool_rewards.view(-1, args.subgroup_size)[rows].flatten()
+            stream = STREAMS.get(name, STREAMS[method])
+            generator = seed_everything(args.seed, stream, iteration + 1)
+            if offline:  # subgroups of the base model's rollout
+                groups = torch.arange(8 * args.group_size).view(-1, args.subgroup_size)
+                count = args.group_size // args.subgroup_size
+                picks = groups[torch.randint(len(groups), (count,), generator=generator)].flatten()
+                x1, rewards = base_rollout[picks.to(device)], base_rewards[picks.to(device)]
                 rolled_out = synchronized_time(device)
             else:
                 noise, _ = noise_and_time(args.group_size, generator, device)
-                latents = sample(policy, noise, args.num_steps)  # [G,24]
+                x1 = sample(policy, noise, args.num_steps)  # [G,24]
                 rolled_out = synchronized_time(device)
-                rewards = rewards_of(autoencoder.decode(latents))  # [G]
+                rewards = reward(autoencoder.decode(x1))  # [G]
             rewarded = synchronized_time(device)
-
-            # 2. What each method makes of the rewards. raft and dpo repeat their picks, so that every method trains on
-            #    the same number of points.
             record = {"reward/mean": rewards.mean().item(), "reward/std": rewards.std().item()}
-            x1 = latents
-            if method == "adrpo":
-                advantage = group_advantage(rewards[None], args.beta0, args.adv_clip_k, args.adv_norm)[0]  # [G]
-                record |= coefficient_statistics(advantage, args.beta0)
-            elif method in ("orw", "orw-w2"):
-                weight = orw_weights(rewards[None], args.tau)[0]  # [G]
-                alpha = args.alpha if method == "orw-w2" else 0.0
-            else:
-                best, worst = best_and_worst(rewards, args.subgroup_size)
-                picks = best if method == "raft" else torch.cat([best, worst])
-                x1 = latents[picks.repeat_interleave(args.group_size // len(picks))]  # dpo: winners, then their losers
 
-            # 3. Updates on this rollout, each with fresh noise and times.
-            warmup, decay = min(1.0, (iteration + 1) / 5), (1 + math.cos(math.pi * iteration / args.iterations)) / 2
-            optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * (0.05 + 0.95 * decay)
-            sums = torch.zeros(4, device=device)
+            # ---- 2. what the method makes of the rewards (raft and dpo repeat their picks: every
+            #         method trains on the same number of points)
+            if method == "adrpo":
+                advantage = group_advantage(
+                    rewards[None], strength, args.adv_clip_k, args.adv_norm, base_std
+                )[0]  # [G]
+                record |= adrpo_statistics(advantage, strength)
+            elif method == "orw":
+                weight = orw_weights(rewards[None], args.tau)[0]  # [G]
+            elif method == "raft":
+                best, _ = best_and_worst(rewards, args.subgroup_size)
+                x1 = x1[best.repeat_interleave(args.subgroup_size)]
+            else:  # all winners, then their losers
+                pairs = torch.cat(best_and_worst(rewards, args.subgroup_size))
+                pairs = pairs.repeat_interleave(args.subgroup_size // 2)
+                x1, (won, lost) = x1[pairs], rewards[pairs].chunk(2)
+
+            # ---- 3. updates on this rollout, each with fresh noise and times
+            warmup = min(1.0, (iteration + 1) / 5)
+            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * iteration / args.iterations)) / 2
+            optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
+            totals = defaultdict(float)
             for _ in range(args.updates_per_iteration):
                 noise, t = noise_and_time(len(x1), generator, device)
                 if method == "dpo":  # a pair shares its noise and time
-                    noise, t = noise[: len(x1) // 2].repeat(2, 1), t[: len(x1) // 2].repeat(2)
+                    noise, t = noise.chunk(2)[0].repeat(2, 1), t.chunk(2)[0].repeat(2)
                 x_t, u = flow_matching_point(x1, noise, t)
                 v = network(x_t, t)
-                with torch.no_grad():  # raft and orw have no divergence term: no reference pass
-                    v_ref = v.detach() if method in ("raft", "orw") else reference(x_t, t)
+                with torch.no_grad():  # without a divergence term no reference pass
+                    v_ref = reference(x_t, t) if regularised else v.detach()
                 if method == "adrpo":
-                    loss = adrpo_fm_loss(v, v_ref, u, advantage, args.beta0).mean()
-                elif method in ("orw", "orw-w2"):
-                    loss = orw_fm_loss(v, v_ref, u, weight, alpha).mean()
+                    loss = adrpo_fm_loss(v, v_ref, u, advantage, strength).mean()
+                elif method == "orw":
+                    loss = orw_fm_loss(v, v_ref, u, weight, strength).mean()
                 elif method == "raft":
                     loss = mean_square(v - u).mean()
                 else:
-                    (v_w, v_l), (v_w_ref, v_l_ref), (u_w, u_l) = v.chunk(2), v_ref.chunk(2), u.chunk(2)
-                    loss = dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, args.beta_dpo).mean()
+                    v_w, v_l = v.chunk(2)
+                    v_w_ref, v_l_ref = v_ref.chunk(2)
+                    u_w, u_l = u.chunk(2)
+                    pair_loss = dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, strength)
+                    loss = (pair_loss * (won > lost)).mean()  # equal rewards prefer nothing
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                 if not (loss + grad_norm).isfinite():
-                    # Before the step: the weights are still good.
-                    progress = {"method": method, "iteration": iteration, "seconds": seconds, "results": results}
-                    save_checkpoint(run_dir, progress, parts)
-                    raise InputError(
-                        f"{method}, iteration {iteration}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; the weights "
-                        "before this step are saved. Lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
-                    )
+                    raise InputError(f"{name}, iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
                 optimizer.step()
                 update_average(policy, network, args.ema_decay)
                 with torch.no_grad():
-                    sums += torch.stack([loss, mean_square(v - u).mean(), mean_square(v - v_ref).mean(), grad_norm])
+                    totals["losses/total"] += loss
+                    totals["losses/grad_norm"] += grad_norm
+                    totals["losses/flow_matching"] += mean_square(v - u).mean()
+                    if regularised:
+                        totals["losses/divergence"] += mean_square(v - v_ref).mean()
             updated = synchronized_time(device)
             seconds += updated - started
 
-            # 4. Log, evaluate, save.
-            done, last = iteration + 1, iteration + 1 == args.iterations
-            means = (sums / args.updates_per_iteration).tolist()
-            record |= {"losses/total": means[0], "losses/flow_matching": means[1], "losses/grad_norm": means[3]}
-            if method not in ("raft", "orw"):
-                record["losses/divergence"] = means[2]
+            # ---- 4. log, evaluate
+            done = iteration + 1
+            for tag, total in totals.items():
+                record[tag] = total.item() / args.updates_per_iteration
             record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             record["charts/seconds_rollout"] = rolled_out - started
             record["charts/seconds_reward"] = rewarded - rolled_out
             record["charts/seconds_update"] = updated - rewarded
-            record["charts/peak_memory_gb"] = peak_memory_gb(device)
-            if last or done % args.eval_every == 0:
-                metrics, final_images = evaluate(policy, *fixed)
+            if device.type == "cuda":
+                record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            early = done < args.eval_every and done.bit_count() == 1  # 1, 2, 4, 8, ...
+            if early or done % args.eval_every == 0 or done == args.iterations:
+                metrics, final_images = evaluate(policy, models, reward, eval_set, args.num_steps)
                 record |= {f"eval/{tag}": value for tag, value in metrics.items()}
-                save_image(picture(final_images, 8, 16), run_dir / "samples" / f"{method}-{done:06d}.png")
-                writer.add_image("samples", picture(final_images, 8, 16), done)
-                network_share.append(network_seconds(method, args, models, network) / (updated - started))
-            log(metrics_path, writer, method, done, record)
-            figures = {"reward": record["reward/mean"], "diversity": metrics["diversity"], "w2": metrics["w2"]}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
-            if last:
-                results[method] = metrics | {"seconds": seconds, "network_share": float(np.median(network_share))}
-                save_samples(method, final_images)
-                save_file(policy.state_dict(), run_dir / "final" / f"{method}.safetensors")
-            if last or done % args.save_every == 0:
-                progress = {"method": method, "iteration": done, "seconds": seconds, "results": results}
-                save_checkpoint(run_dir, progress, parts)
+                picture = sheet(final_images, 8, 16)
+                imsave(run_dir / f"samples/{name}-{done:06d}.png", picture, cmap="gray")
+                writer.add_image("samples", picture, done, dataformats="HW")
+            log(metrics_path, writer, name, done, record)
+            shown = metrics["reward"] if offline else record["reward/mean"]
+            kept = metrics["diversity"] / base["diversity"]
+            bar.set_postfix_str(f"reward {shown:.3f}, diversity {kept:.0%}, w2 {metrics['w2']:.3f}")
+
+        results[name] = metrics | {"relative_diversity": kept, "seconds": seconds}
+        samples[name] = final_images
+        save_samples(run_dir, name, final_images)
+        save_file(policy.state_dict(), run_dir / f"final/{name}.safetensors")
         writer.close()
 
     # The whole run in two pictures and one table.
-    rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-    curves = {name: [row for row in rows if row["method"] == name and "eval/reward" in row] for name in results}
-    plot_collapse(run_dir, {"base": base, **results}, run_dir / "collapse.png")
-    plot_tradeoff(curves, run_dir / "tradeoff.png")
+    plot_collapse(run_dir, results, samples)
+    plot_tradeoff(run_dir)
+    columns = ("reward", "judge_reward", "relative_diversity", "classes", "frechet", "w2")
+    print(" " * 10 + "".join(f"{column:>20s}" for column in columns))
+    for name, result in results.items():
+        print(f"{name:10s}" + "".join(f"{result[column]:20.3f}" for column in columns))
     info |= {"bf16": bf16, "device": str(device), "seconds": time.perf_counter() - start_time}
-    (run_dir / "summary.json").write_text(json.dumps({"base": base, "methods": results, "run": info}, indent=2))
-    columns = ("reward", "judge_reward", "diversity", "classes", "frechet", "w2", "seconds", "network_share")
-    print(f"{'':8s}" + "".join(f"{column:>14s}" for column in columns))
-    for name, result in {"base": base, **results}.items():
-        print(f"{name:8s}" + "".join(f"{result.get(column, math.nan):14.3f}" for column in columns))
-    print(f"{info['seconds']:.0f} s in all. Look at {run_dir / 'collapse.png'} and {run_dir / 'tradeoff.png'}")
+    summary = {"base": results.pop("base"), "methods": results, "run": info}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+    print(f"{info['seconds']:.0f} s in all. Look at {run_dir}/collapse.png and tradeoff.png")
 
 
 if __name__ == "__main__":
+    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    if len(set(flags)) < len(flags):
+        sys.exit("error: a flag is given twice; give all its values after one")
+    short = {"classifier_steps": 150, "autoencoder_steps": 300, "flow_steps": 600, "iterations": 30}
+    preset = Args(quick=True, dataset="digits", **short) if "--quick" in flags else Args()
     try:
-        main(tyro.cli(Args, description=__doc__))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        main(tyro.cli(Args, default=preset, description=__doc__.partition("\n")[0]))
+    except (InputError, OSError, SafetensorError) as error:
+        full = any(what in str(error) for what in ("No space left", "Read-only"))
+        if not (full or isinstance(error, InputError)):
+            raise
+        flag = "--output-dir: make room or name another: " * full
+        sys.exit(f"error: {flag}{' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume latest continues from the newest checkpoint")
+        sys.exit("interrupted; --pretrained RUN starts from its base models, once they are trained")
