@@ -8,8 +8,7 @@ arXiv 2502.06061; it collapses at 0), RAFT (arXiv 2304.06767) and Diffusion-DPO 
 
 The world has the parts of a large text-to-image model: an autoencoder, a flow-matching network in
 its latent space, a reward. The base model draws all ten digits; the reward is the probability that
-the digit is even. All five even digits are equally right: diversity that is lost is lost for
-nothing.
+the digit is even. All five even digits are equally right: diversity lost is lost for nothing.
 
     x_t = (1 - t) x0 + t x1,   x0 ~ N(0, I) noise,   x1 a sample of the policy,   u = x1 - x0
     A   = R(x1) - mean of R over the group
@@ -59,17 +58,12 @@ SCRIPT = "toy_mnist_flow"
 LATENT_SIZE = 24
 # A random stream for each fine-tuning; every alpha above 0 has the same numbers.
 STREAMS = {"adrpo": 0, "orw-0": 1, "orw": 2, "raft": 3, "dpo": 4, "evaluation": 5}
-COLOURS = {"base": "black", "adrpo": "tab:red", "orw": "tab:blue", "raft": "tab:green"}
-COLOURS["dpo"] = "tab:orange"
+COLOURS = {"adrpo": "tab:red", "orw": "tab:blue", "raft": "tab:green", "dpo": "tab:orange"}
 ADAM = {"betas": (0.9, 0.99), "fused": True}
 DIVERGED = "lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-MNIST_SHA256 = {  # the first half of each
-    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea37026",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cc",
-    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e3",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd",
-}
+MNIST_SHA256 = {"train-images-idx3": "440fcabf73cc546f", "train-labels-idx1": "3552534a0a558bbe"}
+MNIST_SHA256 |= {"t10k-images-idx3": "8d422c7b0a1c1c79", "t10k-labels-idx1": "f7ae60f92e00ec6d"}
 
 
 class InputError(ValueError):
@@ -110,8 +104,7 @@ class Args:
     methods: tuple[Literal["adrpo", "orw", "raft", "dpo"], ...] = ("orw", "adrpo", "dpo")
     """each starts from the same base model, once for each of its strengths"""
     reward: str = "even"
-    """even, digit:K, or path.py:function, function(images, prompts, metadata) -> a float per image;
-    images are float [B,1,28,28] in [0,1]"""
+    """even, digit:K, or FILE.py:function, function(images [B,1,28,28], prompts, metadata) -> [B]"""
     iterations: int = 90
     """rollouts per fine-tuning (ours); adrpo has its reward after 20, orw falls until the end"""
     group_size: int = 256
@@ -132,10 +125,9 @@ class Args:
     """adrpo: baseline divergence weight. The mean reward rises by about 1/beta0 base spreads, or
     until it saturates: .1 for a reward that does (even), 1 for one that does not (ours)"""
     adv_clip_k: float | None = None
-    """adrpo: clip A to +-k beta0, in both terms; it would cut only the push of the few bad samples"""
+    """adrpo: clip A to +-k beta0, in both terms; cuts the push of the few bad samples only"""
     adv_norm: Literal["base", "none", "group", "global"] = "base"
-    """adrpo: divide A by the standard deviation of the base model's rewards, by nothing (eq. 6), by
-    the group's or all samples' (one group here: the same)"""
+    """adrpo: divide A by the spread of the base model's rewards, by nothing (eq. 6), the group's"""
     alpha: tuple[float, ...] = (0.0, 0.2, 1.0)
     """orw: fixed divergence weight; 0 collapses, above it is ORW-CFM-W2. Ours stands beside weights
     of mean 1: the authors' alpha, beside exp(tau R) itself, is ours times the mean of exp(tau R)"""
@@ -156,8 +148,6 @@ class Args:
 
 
 # -------------------------------------------------------------------------------------- the method
-
-
 def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None) -> Tensor:
     """Advantage of each sample over its prompt's others (eq. 6: A = R - V, V the prompt's mean).
 
@@ -235,8 +225,6 @@ def dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, beta_dpo: float) -> Tensor
 
 
 # ----------------------------------------------------------------------------------------- rollout
-
-
 def seed_everything(*numbers: int) -> torch.Generator:
     """Seed every global random state (a plug-in may draw from one) and return a generator, all from
     `numbers`: each iteration has a stream of its own, whatever ran before it."""
@@ -273,8 +261,6 @@ def sample(velocity: nn.Module, noise: Tensor, num_steps: int) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- evaluation
-
-
 class EvalSet(NamedTuple):
     """What every evaluation of a run shares, drawn once."""
 
@@ -346,15 +332,16 @@ def save_samples(run_dir: Path, name: str, images: Tensor) -> None:
     np.save(run_dir / f"samples/{name}.npy", pixels)
 
 
-def plot_collapse(run_dir: Path, results: dict[str, dict], samples: dict[str, Tensor]) -> None:
+def plot_collapse(run_dir: Path, results: dict[str, dict]) -> None:
     """collapse.png: samples of base model, orw and adrpo from the same noise, side by side."""
     names = [name for name in results if name.split("-")[0] in ("base", "orw", "adrpo")]
     titles = {"base": "base model", "orw": "fixed weight ", "adrpo": "ADRPO, $\\beta_0$ = "}
     figure = Figure(figsize=(3.2 * len(names), 4.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         method, _, strength = name.partition("-")
-        axis.imshow(sheet(samples[name], 8, 8), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(titles[method] + strength, color=COLOURS[method])
+        images = torch.tensor(np.load(run_dir / f"samples/{name}.npy"))[:, None] / 255
+        axis.imshow(sheet(images, 8, 8), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(titles[method] + strength, color=COLOURS.get(method, "black"))
         reward, kept = results[name]["reward"], results[name]["relative_diversity"]
         axis.set(xlabel=f"reward {reward:.2f}   diversity {kept:.0%}", xticks=[], yticks=[])
     figure.savefig(run_dir / "collapse.png", dpi=110)
@@ -374,39 +361,28 @@ def plot_tradeoff(run_dir: Path) -> None:
         reward, diversity = np.array(curve).T
         kept = diversity / diversity[0]  # the first is the base model's
         axis.plot(reward, kept, color=COLOURS[method], alpha=0.35, linewidth=1, marker=".")
-        end, label, offset, shape = (
-            (reward[-1], kept[-1]),
-            name.replace("-", " "),
-            (9, -12),
-            {"s": 70},
-        )
-        if method == "orw":  # labels below on the left, adrpo's above on the right: they come close
-            fixed.append(end)
-            label, offset = f"fixed {strength}", (-50, -13)
-        elif method == "adrpo":
-            offset, shape = (9, 9), {"s": 380, "marker": "*"}
-        axis.scatter(*end, color=COLOURS[method], edgecolor="white", zorder=4, **shape)
+        end = (reward[-1], kept[-1])
+        fixed += [end] * (method == "orw")
+        star = {"marker": "*", "s": 380} if method == "adrpo" else {"s": 70}
+        axis.scatter(*end, color=COLOURS[method], edgecolor="white", zorder=4, **star)
+        # Labels left, above or below on the right: fixed weight, adrpo and dpo come close.
+        offset = {"orw": (-52, -13), "adrpo": (10, 9)}.get(method, (8, -13))
+        label = f"fixed {strength}" if method == "orw" else name.replace("-", " ")
         axis.annotate(label, end, offset, textcoords="offset points", color=COLOURS[method])
-    if fixed:
-        axis.plot(*zip(*sorted(fixed), strict=True), color=COLOURS["orw"], linestyle="--")
+    axis.plot(*np.array(sorted(fixed)).reshape(-1, 2).T, color=COLOURS["orw"], linestyle="--")
     axis.scatter(reward[0], 1, color="black", marker="D", s=70, zorder=4)
     axis.annotate("base model", (reward[0], 1), (0, 10), textcoords="offset points")
     axis.text(0.03, 0.03, "better: up and right  \u2197", transform=axis.transAxes, fontsize=13)
     axis.margins(0.09)
-    axis.grid(alpha=0.25)
     axis.set(xlabel="reward", ylabel="diversity, relative to the base model's")
     figure.savefig(run_dir / "tradeoff.png", dpi=110)
 
 
 # ----------------------------------------------------------------------------------------- rewards
-
-
 def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[Tensor], Tensor]]:
     """The digits that --reward wants (a plug-in: all ten) and the reward, images [B,1,28,28] ->
-    float32 [B]: the probability of those digits, or the plug-in's values.
-
-    Raises InputError for an unknown reward or values that are not B finite floats. An error inside
-    a plug-in ends in its own traceback."""
+    float32 [B]: the probability of those digits, or the plug-in's values. Raises InputError; an
+    error inside a plug-in ends in its own traceback."""
     targets = {"even": [0, 2, 4, 6, 8]} | {f"digit:{digit}": [digit] for digit in range(10)}
     if spec in targets:
         wanted = targets[spec]
@@ -418,27 +394,22 @@ def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[
     module = importlib.util.module_from_spec(module_spec)
     sys.modules["reward_plugin"] = module  # dataclasses and pickle look it up
     module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"--reward {spec}: {path} has no function {name}")
+    function = getattr(module, name)
 
     def plugin_reward(images: Tensor) -> Tensor:
         values = function(images, ["a handwritten digit"] * len(images), [{} for _ in images])
         rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
         if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
-            what = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
-            raise InputError(f"--reward {spec}: gave {what}; must be {len(images)} finite floats")
+            raise InputError(f"--reward {spec}: must give {len(images)} finite floats: {rewards}")
         return rewards
 
     return list(range(10)), plugin_reward
 
 
 # -------------------------------------------------------------------------------------------- data
-
-
 def read_idx(path: Path) -> np.ndarray:
-    """One IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist), gzipped or not. Raises
-    ValueError or the reader's own error."""
+    """One IDX file of bytes (format: yann.lecun.com/exdb/mnist), gzipped or not. Raises ValueError
+    or the reader's own error."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path.name} is not an IDX file of bytes")
@@ -448,48 +419,46 @@ def read_idx(path: Path) -> np.ndarray:
 
 def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """Every MNIST pair in data_dir: uint8 images [N,28,28] and labels [N]; None when there is no
-    pair. Raises InputError for one that is damaged."""
+    pair. Raises ValueError or the reader's own error for a damaged one."""
     pairs = []
     for part in ("train", "t10k"):
-        stems = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
-        found = [data_dir / (stem + end) for stem in stems for end in ("", ".gz")]
-        found = [path for path in found if path.is_file()]
-        if len({path.name.removesuffix(".gz") for path in found}) < 2:
-            continue
-        try:
-            images, labels = read_idx(found[0]), read_idx(found[-1])
+        names = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
+        paths = [data_dir / (name + end) for name in names for end in ("", ".gz")]
+        paths = [path for path in paths if path.is_file()]
+        if len({path.name.removesuffix(".gz") for path in paths}) == 2:
+            images, labels = read_idx(paths[0]), read_idx(paths[-1])
             if images.shape != (*labels.shape, 28, 28) or labels.max() > 9:
-                raise ValueError(f"shapes {images.shape} and {labels.shape}")
-        except Exception as error:
-            raise InputError(f"--data-dir {data_dir}: damaged {part} pair: {error}") from error
-        pairs.append((images, labels))
+                raise ValueError(f"{part}: not digits and labels: {images.shape}, {labels.shape}")
+            pairs.append((images, labels))
     return tuple(np.concatenate(arrays) for arrays in zip(*pairs, strict=True)) or None
 
 
 def download_mnist(data_dir: Path) -> None:
-    """Fetch MNIST; each file is checked by SHA-256 before it gets its name. Gives up after ten
-    seconds of silence. Raises the library's own error."""
+    """Fetch MNIST, ten seconds of silence at most; a file gets its name when its SHA-256 is right.
+    Raises the library's own error."""
     socket.setdefaulttimeout(10)
     data_dir.mkdir(parents=True, exist_ok=True)
     for name, sha256 in MNIST_SHA256.items():
-        torch.hub.download_url_to_file(MNIST_URL + name, str(data_dir / name), sha256)
+        file = f"{name}-ubyte.gz"
+        torch.hub.download_url_to_file(MNIST_URL + file, str(data_dir / file), sha256)
 
 
 def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
     """Images float [N,1,28,28] in [0,1], labels int64 [N], name of the data set; or InputError."""
-    arrays = read_mnist(Path(data_dir)) if dataset != "digits" else None
-    if arrays is None and dataset != "digits":
+    if dataset != "digits":
         try:
-            download_mnist(Path(data_dir))
-            arrays = read_mnist(Path(data_dir))
+            if (arrays := read_mnist(Path(data_dir))) is None:
+                download_mnist(Path(data_dir))
+                arrays = read_mnist(Path(data_dir))
+            images, labels = (torch.tensor(array) for array in arrays)
+            return images.float()[:, None] / 255, labels.long(), "mnist"
         except Exception as error:
-            problem = f"no MNIST in --data-dir {data_dir}, and no download ({error})"
-            if dataset == "mnist":
-                raise InputError(f"{problem}; put it there, or use --dataset digits") from error
+            problem = f"--data-dir {data_dir}: MNIST cannot be read or downloaded ({error})"
+            if dataset == "mnist" or any(
+                Path(data_dir).glob("*-ubyte*")
+            ):  # damaged: not passed over
+                raise InputError(f"{problem}; or use --dataset digits") from error
             print(f"{problem}: using scikit-learn's digits")
-    if arrays is not None:
-        images, labels = (torch.tensor(array) for array in arrays)
-        return images.float()[:, None] / 255, labels.long(), "mnist"
     from sklearn.datasets import load_digits  # seconds of import, for this case only
 
     digits = load_digits()  # 8x8: enlarged to MNIST's 20x20 inside 28x28, contrast stretched
@@ -500,8 +469,6 @@ def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
 
 
 # --------------------------------------------------------------------------- models and reference
-
-
 class Classifier(nn.Module):
     """Digit classifier: images [B,1,28,28] -> logits [B,10] and features [B,64]. Two shapes, so
     that the judge does not share the reward model's weaknesses."""
@@ -531,8 +498,8 @@ class Autoencoder(nn.Module):
         encoder = [nn.Flatten(), nn.Linear(784, width), nn.SiLU(), nn.Linear(width, width)]
         decoder = [nn.Linear(LATENT_SIZE, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
         decoder += [nn.Linear(width, 784), nn.Unflatten(1, (1, 28, 28))]
-        encoder += [nn.SiLU(), nn.Linear(width, 2 * LATENT_SIZE)]
-        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        self.encoder = nn.Sequential(*encoder, nn.SiLU(), nn.Linear(width, 2 * LATENT_SIZE))
+        self.decoder = nn.Sequential(*decoder)
         self.register_buffer("shift", torch.zeros(LATENT_SIZE))
         self.register_buffer("scale", torch.ones(()))
         self.bf16 = bf16
@@ -650,9 +617,7 @@ def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, 
     def accuracy(model: Classifier) -> float:
         return (model(images[held_out])[0].argmax(1) == labels[held_out]).float().mean().item()
 
-    fit(
-        "reward model", classifier, lambda: classifier_loss(classifier), args.classifier_steps, 3e-3
-    )
+    fit("reward", classifier, lambda: classifier_loss(classifier), args.classifier_steps, 3e-3)
     fit("judge", judge, lambda: classifier_loss(judge), args.classifier_steps, 3e-3)
     fit("autoencoder", autoencoder, autoencoder_loss, args.autoencoder_steps, 2e-3)
     with torch.no_grad():
@@ -677,18 +642,15 @@ def load_pretrained(spec: str, models: nn.ModuleDict) -> dict:
 
 
 # --------------------------------------------------------------------------------------- run files
-
-
 def create_run(args: Args) -> Path:
     """Create the run's folder with args.json in it. Raises InputError where it cannot."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = args.run_name or f"{SCRIPT}-{'+'.join(args.methods)}-seed{args.seed}-{stamp}"
-    folder = Path(args.output_dir) / name
+    name = f"{SCRIPT}-{'+'.join(args.methods)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.output_dir) / (args.run_name or name)
     git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
     failed, commit = subprocess.getstatusoutput(git)
     record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv}
-    record["versions"] = {"python": sys.version, "torch": torch.__version__}
-    record["git_commit"] = None if failed else commit
+    versions = {"python": sys.version, "torch": torch.__version__}
+    record |= {"git_commit": None if failed else commit, "versions": versions}
     try:
         (folder / "samples").mkdir(parents=True)
         (folder / "final").mkdir()
@@ -715,28 +677,26 @@ def synchronized_time(device: torch.device) -> float:
 
 
 # -------------------------------------------------------------------------------------------- main
-
-
 def check_args(args: Args) -> None:
     """Raise InputError for flags that cannot work."""
-    for field in dataclasses.fields(args):
-        given = getattr(args, field.name)
+    for name, given in vars(args).items():
         values = given if isinstance(given, tuple) else (given,)
-        or_zero = field.name in ("seed", "alpha", "tau", "ema_decay")
         numbers = [value for value in values if type(value) in (int, float)]
-        positive = all(number > 0 or (or_zero and number == 0) for number in numbers)
-        if not (positive and values and len(set(values)) == len(values)):
-            flag = f"--{field.name.replace('_', '-')} {' '.join(map(str, values))}"
-            raise InputError(f"{flag}: above 0{' or 0' * or_zero}; of several values, each once")
-    fits = not {"raft", "dpo"} & set(args.methods) or args.group_size % args.subgroup_size == 0
-    rules = [
-        (min(args.group_size, args.eval_samples) >= 2, "--group-size, --eval-samples: at least 2"),
-        (args.ema_decay < 1, "--ema-decay: below 1"),
-        (args.subgroup_size % 2 == 0, "--subgroup-size: even"),
-        (fits, "--group-size: a multiple of --subgroup-size for raft and dpo"),
-        ("WORLD_SIZE" not in os.environ, "torchrun: this script is one process; use python"),
-    ]
-    for holds, rule in rules:
+        lowest = 0 if name in ("seed", "alpha", "tau", "ema_decay") else 1e-30
+        if not all(number >= lowest for number in numbers) or len(set(values)) < max(
+            len(values), 1
+        ):
+            flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
+            raise InputError(f"{flag}: must be positive; of several values, each once")
+    paired = not {"raft", "dpo"} & set(args.methods) or args.group_size % args.subgroup_size == 0
+    rules = {
+        "--group-size, --eval-samples: at least 2": min(args.group_size, args.eval_samples) > 1,
+        "--group-size: a multiple of --subgroup-size for raft and dpo": paired,
+        "--subgroup-size: even": args.subgroup_size % 2 == 0,
+        "--ema-decay: below 1": args.ema_decay < 1,
+        "torchrun: this script is one process; use python": "WORLD_SIZE" not in os.environ,
+    }
+    for rule, holds in rules.items():
         if not holds:
             raise InputError(rule)
 
@@ -746,10 +706,10 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
     found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(found if name == "auto" else name)
     units = torch.cpu.get_capabilities()
-    native = {"cpu": bool(units.get("avx512_bf16") or units.get("amx_bf16"))}
-    if device.type == "cuda":
-        native["cuda"] = torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, precision == "bf16" or (precision == "auto" and native.get(device.type, False))
+    native = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+    if device.type != "cpu":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, precision == "bf16" or (precision == "auto" and native)
 
 
 def fine_tunings(args: Args) -> list[tuple[str, str, float | None]]:
@@ -779,8 +739,8 @@ def main(args: Args) -> None:
     print(f"{run_dir}: {len(images)} {data_name} images, {device}, {'bf16' if bf16 else 'fp32'}")
     if not info:
         info = {"dataset": data_name} | pretrain(args, images, labels, models, generator)
-    header = {"info": json.dumps(info)}
-    save_file(models.state_dict(), run_dir / "pretrained.safetensors", header)
+    path = run_dir / "pretrained.safetensors"
+    save_file(models.state_dict(), path, metadata={"info": json.dumps(info)})
     models.requires_grad_(False)
 
     # What every evaluation shares, and the base model's own figures.
@@ -792,7 +752,7 @@ def main(args: Args) -> None:
     real_features = models["judge"](images[wanted][:10_000])[1]
     eval_set = EvalSet(eval_noise, base_latents, real_features, targets)
     base, final_images = evaluate(reference, models, reward, eval_set, args.num_steps)
-    results, samples = {"base": base | {"relative_diversity": 1.0}}, {"base": final_images}
+    results = {"base": base | {"relative_diversity": 1.0}}
     save_samples(run_dir, "base", final_images)
 
     # One rollout of the base model: the unit of adrpo's advantage, and the pairs of offline dpo.
@@ -819,8 +779,11 @@ def main(args: Args) -> None:
         writer = SummaryWriter(run_dir / name)
         log(metrics_path, writer, name, 0, {f"eval/{tag}": value for tag, value in base.items()})
         offline = method == "dpo" and not args.dpo_online
+        if offline:  # whole subgroups of the base model's rollout
+            base_groups = base_rollout.view(-1, args.subgroup_size, LATENT_SIZE)
+            groups = args.group_size // args.subgroup_size
         regularised = method in ("adrpo", "dpo") or (method == "orw" and strength > 0)
-        metrics, seconds = base, 0.0
+        metrics = base
 
         bar = tqdm(range(args.iterations), f"{name:9s}", mininterval=0.5)
         for iteration in bar:
@@ -828,12 +791,11 @@ def main(args: Args) -> None:
             started = synchronized_time(device)
             stream = STREAMS.get(name, STREAMS[method])
             generator = seed_everything(args.seed, stream, iteration + 1)
-            if offline:  # subgroups of the base model's rollout
-                groups = torch.arange(8 * args.group_size).view(-1, args.subgroup_size)
-                count = args.group_size // args.subgroup_size
-                picks = groups[torch.randint(len(groups), (count,), generator=generator)].flatten()
-                x1, rewards = base_rollout[picks.to(device)], base_rewards[picks.to(device)]
+            if offline:
+                rows = torch.randint(len(base_groups), (groups,), generator=generator).to(device)
+                x1 = base_groups[rows].flatten(0, 1)
                 rolled_out = synchronized_time(device)
+                rewards = base_rewards.view(-1, args.subgroup_size)[rows].flatten()
             else:
                 noise, _ = noise_and_time(args.group_size, generator, device)
                 x1 = sample(policy, noise, args.num_steps)  # [G,24]
@@ -898,7 +860,6 @@ def main(args: Args) -> None:
                     if regularised:
                         totals["losses/divergence"] += mean_square(v - v_ref).mean()
             updated = synchronized_time(device)
-            seconds += updated - started
 
             # ---- 4. log, evaluate
             done = iteration + 1
@@ -922,14 +883,13 @@ def main(args: Args) -> None:
             kept = metrics["diversity"] / base["diversity"]
             bar.set_postfix_str(f"reward {shown:.3f}, diversity {kept:.0%}, w2 {metrics['w2']:.3f}")
 
-        results[name] = metrics | {"relative_diversity": kept, "seconds": seconds}
-        samples[name] = final_images
+        results[name] = metrics | {"relative_diversity": kept}
         save_samples(run_dir, name, final_images)
         save_file(policy.state_dict(), run_dir / f"final/{name}.safetensors")
         writer.close()
 
     # The whole run in two pictures and one table.
-    plot_collapse(run_dir, results, samples)
+    plot_collapse(run_dir, results)
     plot_tradeoff(run_dir)
     columns = ("reward", "judge_reward", "relative_diversity", "classes", "frechet", "w2")
     print(" " * 10 + "".join(f"{column:>20s}" for column in columns))
