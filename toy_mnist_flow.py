@@ -902,18 +902,22 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    words = [word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]]
+    flags = [word for word in words if word.startswith("--")]
     if len(set(flags)) < len(flags):
         sys.exit("error: a flag is given twice; give all its values after one")
     short = {"classifier_steps": 150, "autoencoder_steps": 300, "flow_steps": 600, "iterations": 30}
     preset = Args(quick=True, dataset="digits", **short) if "--quick" in flags else Args()
+    args = tyro.cli(Args, default=preset, description=__doc__.partition("\n")[0])
     try:
-        main(tyro.cli(Args, default=preset, description=__doc__.partition("\n")[0]))
-    except (InputError, OSError, SafetensorError) as error:
-        full = any(what in str(error) for what in ("No space left", "Read-only"))
-        if not (full or isinstance(error, InputError)):
+        main(args)
+    except InputError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (OSError, SafetensorError) as error:
+        if not any(what in str(error) for what in ("No space left", "Read-only", "os error 28")):
             raise
-        flag = "--output-dir: make room or name another: " * full
-        sys.exit(f"error: {flag}{' '.join(str(error).split())}")
+        sys.exit(f"error: --output-dir {args.output_dir}: {error}; make room or name another")
+    except SystemExit as error:
+        raise RuntimeError(f"--reward {args.reward}: the plug-in ended the program") from error
     except KeyboardInterrupt:
         sys.exit("interrupted; --pretrained RUN starts from its base models, once they are trained")
