@@ -1,6 +1,9 @@
 """Mean and standard error over seeds of runs named SETTING--seedN.
 
 python benchmark/ablation_table.py RUNS_DIR OUT.md
+
+`gain` is the rise of the mean reward over the base model's, in standard deviations of the base
+model's rewards.
 """
 
 import json
@@ -10,18 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-FIGURES = ("reward", "judge_reward", "diversity", "relative_diversity", "classes", "frechet", "w2")
+FIGURES = ("reward", "judge_reward", "gain", "relative_diversity", "classes", "frechet", "w2")
 
 
 def main(runs: Path, out: Path) -> None:
     groups, commits = defaultdict(list), set()
     for path in sorted(runs.glob("*--seed*/summary.json")):
         summary = json.loads(path.read_text())
-        commits.add((json.loads((path.parent / "args.json").read_text())["git_commit"] or "unknown")[:8])
-        for method, result in summary["methods"].items():
-            result["relative_diversity"] = result["diversity"] / summary["base"]["diversity"]
-            groups[path.parent.name.split("--")[0], method].append([result[figure] for figure in FIGURES])
-    lines = [f"| setting | method | seeds | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 3) + "|"]
+        record = json.loads((path.parent / "args.json").read_text())
+        commits.add((record["git_commit"] or "unknown")[:8])
+        base_mean, spread = summary["base"]["reward"], summary["run"]["base_reward_std"]
+        for name, result in summary["methods"].items():
+            result["gain"] = (result["reward"] - base_mean) / spread
+            setting = path.parent.name.split("--")[0]
+            groups[setting, name].append([result[figure] for figure in FIGURES])
+    columns = " | ".join(FIGURES)
+    lines = [f"| setting | method | seeds | {columns} |", "|---" * (len(FIGURES) + 3) + "|"]
     for (setting, method), rows in groups.items():
         values = np.array(rows)
         cells = [f"{mean:.3f}" for mean in values.mean(axis=0)]

@@ -1,11 +1,14 @@
-"""Tables and figure of a sweep over methods, strengths and seeds, from what the runs left behind.
+"""Tables and figures of a sweep over methods, strengths and seeds, from what the runs left behind.
 
     python benchmark/plot_tradeoff.py RUNS_DIR OUT
 
-reads args.json and summary.json of every run in RUNS_DIR and writes OUT.csv (a row per method, strength and seed),
-OUT_mean.csv and OUT.md (means and standard errors over seeds) and OUT.png. Diversity is relative to the run's own base
-model. The last column compares at equal reward: a setting's diversity minus that of adrpo at the same reward, adrpo's
-strengths joined by straight lines, per seed; a setting outside adrpo's range of rewards has no such figure.
+reads args.json and summary.json of every run in RUNS_DIR and writes OUT.csv (a row per method,
+strength and seed), OUT_mean.csv and OUT.md (means and standard errors over seeds), OUT.png (reward
+against diversity) and OUT_distance.png (W2 and Fréchet distance). Diversity is relative to the
+run's own base model. The last column compares at equal reward: a setting's diversity minus that of
+adrpo at the same reward, adrpo's strengths joined by straight lines, per seed; a setting outside
+adrpo's range of rewards has no such figure. Where --tau is not the default its value stands beside
+the method's name.
 """
 
 import csv
@@ -14,51 +17,53 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import toy_mnist_flow as toy
 
-STRENGTH = {"adrpo": "beta0", "orw": "alpha", "orw-w2": "alpha", "raft": None, "dpo": "beta_dpo"}
-COLOURS = {"adrpo": "tab:red", "orw": "tab:gray", "orw-w2": "tab:blue", "raft": "tab:green", "dpo": "tab:orange"}
-FIGURES = ("reward", "judge_reward", "diversity", "classes", "frechet", "w2", "relative_diversity")
+COLOURS = {"adrpo": "tab:red", "orw": "tab:blue", "orw (tau 30)": "tab:cyan"}
+COLOURS |= {"dpo": "tab:orange", "raft": "tab:green"}
+LABELS = {"adrpo": "ADRPO, by beta0", "orw": "fixed weight (ORW-CFM-W2), by alpha"}
+LABELS |= {"dpo": "DPO, by beta", "orw (tau 30)": "the same, tau = 30", "raft": "RAFT"}
+FIGURES = ("reward", "judge_reward", "relative_diversity", "classes", "frechet", "w2")
 
 
 def read_runs(folder: Path) -> list[dict]:
     """One row per method, strength and seed of the finished runs in `folder`."""
-    rows = []
+    rows = {}
     for path in sorted(folder.glob("*/summary.json")):
-        summary, record = json.loads(path.read_text()), json.loads((path.parent / "args.json").read_text())
-        args, base = record["args"], summary["base"]
-        common = {
-            "seed": args["seed"],
-            "commit": (record["git_commit"] or "unknown")[:8],
-            "base_diversity": base["diversity"],
-        }
-        base_row = {key: base[key] for key in FIGURES if key in base} | {"relative_diversity": 1.0}
-        rows.append({"method": "base", "strength": 0.0, **common, **base_row})
-        for method, result in summary["methods"].items():
-            strength = 0.0 if method in ("orw", "raft") else args[STRENGTH[method]]
-            figures = {key: result[key] for key in FIGURES if key in result}
-            figures["relative_diversity"] = result["diversity"] / base["diversity"]
-            rows.append({"method": method, "strength": strength, **common, **figures})
-    unique = {(row["method"], row["strength"], row["seed"]): row for row in rows}
-    return [unique[key] for key in sorted(unique)]
+        summary = json.loads(path.read_text())
+        record = json.loads((path.parent / "args.json").read_text())
+        args = record["args"]
+        about = {"seed": args["seed"], "commit": (record["git_commit"] or "unknown")[:8]}
+        for name, result in {"base": summary["base"], **summary["methods"]}.items():
+            method, _, strength = name.partition("-")
+            if method == "orw" and args["tau"] != toy.Args.tau:
+                method = f"orw (tau {args['tau']:g})"
+            row = {"method": method, "strength": float(strength or 0), **about}
+            for tag in FIGURES:
+                row[tag] = result[tag]
+            for digit in range(10):
+                row[f"judge_share_{digit}"] = result[f"judge_share_{digit}"]
+            rows[method, row["strength"], args["seed"]] = row
+    return [rows[key] for key in sorted(rows)]
 
 
 def at_equal_reward(rows: list[dict]) -> None:
-    """Add `versus_adrpo`: relative diversity minus adrpo's at the same reward and seed (nan outside its range)."""
+    """Add `versus_adrpo`: relative diversity minus adrpo's at the same reward and seed (nan outside
+    its range)."""
+    curves = defaultdict(list)
     for row in rows:
-        adrpo = sorted((r["reward"], r["relative_diversity"]) for r in rows if _is_adrpo(r, row["seed"]))
-        rewards, diversities = zip(*adrpo, strict=True)
-        inside = rewards[0] <= row["reward"] <= rewards[-1] and row["method"] not in ("adrpo", "base")
+        if row["method"] == "adrpo":
+            curves[row["seed"]].append((row["reward"], row["relative_diversity"]))
+    for row in rows:
+        rewards, diversities = zip(*sorted(curves[row["seed"]]), strict=True)
+        inside = rewards[0] <= row["reward"] <= rewards[-1]
         other = np.interp(row["reward"], rewards, diversities)
-        row["versus_adrpo"] = row["relative_diversity"] - other if inside else float("nan")
-
-
-def _is_adrpo(row: dict, seed: int) -> bool:
-    return row["method"] == "adrpo" and row["seed"] == seed
+        compared = inside and row["method"] not in ("adrpo", "base")
+        row["versus_adrpo"] = row["relative_diversity"] - other if compared else float("nan")
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -69,16 +74,36 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return finite.mean(), finite.std(ddof=1) / np.sqrt(len(finite))
 
 
+def write_csv(path: str, rows: list[dict]) -> None:
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        for row in rows:
+            short = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(short)
+
+
+def draw(axis, means: list[dict], x: str, y: str, names: bool) -> None:
+    """One line per method with standard errors; the strengths are written on where `names`."""
+    for method, colour in COLOURS.items():
+        line = sorted((m for m in means if m["method"] == method), key=lambda m: m["strength"])
+        xs, ys = [m[x] for m in line], [m[y] for m in line]
+        errors = {"xerr": [m[f"{x}_se"] for m in line], "yerr": [m[f"{y}_se"] for m in line]}
+        look = {"color": colour, "marker": "*" if method == "adrpo" else "o", "capsize": 2}
+        look["markersize"] = 13 if method == "adrpo" else 6
+        axis.errorbar(xs, ys, **errors, **look, label=LABELS[method])
+        offset = (7, 4) if method in ("adrpo", "dpo") else (-22, -11)
+        for m in line if names and method != "raft" else []:
+            place = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+            axis.annotate(f"{m['strength']:g}", (m[x], m[y]), offset, **place)
+    axis.grid(alpha=0.25)
+
+
 def main(runs: Path, out: Path) -> None:
     rows = read_runs(runs)
     at_equal_reward(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{out}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
-
+    write_csv(f"{out}.csv", rows)
     groups = defaultdict(list)
     for row in rows:
         groups[row["method"], row["strength"]].append(row)
@@ -86,18 +111,18 @@ def main(runs: Path, out: Path) -> None:
     means = []
     for (method, strength), members in sorted(groups.items()):
         mean = {"method": method, "strength": strength, "seeds": len(members)}
-        for key in columns:
-            mean[key], mean[f"{key}_se"] = mean_and_error([member[key] for member in members])
+        for tag in columns:
+            mean[tag], mean[f"{tag}_se"] = mean_and_error([member[tag] for member in members])
         means.append(mean)
-    with Path(f"{out}_mean.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, means[0].keys())
-        writer.writeheader()
-        for mean in means:
-            writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in mean.items()})
+    write_csv(f"{out}_mean.csv", means)
 
     lines = [f"| method | strength | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for mean in means:
-        cells = [f"{mean[key]:.3f} ± {mean[f'{key}_se']:.3f}" if np.isfinite(mean[key]) else "-" for key in columns]
+        cells = []
+        for tag in columns:
+            digits = 0 if tag == "frechet" else 1 if tag == "classes" else 3
+            text = f"{mean[tag]:.{digits}f} ± {mean[f'{tag}_se']:.{digits}f}"
+            cells.append(text if np.isfinite(mean[tag]) else "-")
         lines.append(f"| {mean['method']} | {mean['strength']:g} | {' | '.join(cells)} |")
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     seeds = sorted({row["seed"] for row in rows})
@@ -105,29 +130,25 @@ def main(runs: Path, out: Path) -> None:
     Path(f"{out}.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5))
-    panels = (("reward", "relative_diversity"), ("reward", "w2"), ("judge_reward", "frechet"))
-    for axis, (x, y) in zip(axes, panels, strict=True):
-        for method, colour in COLOURS.items():
-            line = sorted((m for m in means if m["method"] == method), key=lambda m: m["strength"])
-            xs, ys = [m[x] for m in line], [m[y] for m in line]
-            errors = {"xerr": [m[f"{x}_se"] for m in line], "yerr": [m[f"{y}_se"] for m in line]}
-            axis.errorbar(xs, ys, **errors, color=colour, marker="o", capsize=2, label=method)
-            for m in line if len(line) > 1 else []:
-                point = (m[x], m[y])
-                axis.annotate(f"{m['strength']:g}", point, textcoords="offset points", xytext=(5, 5), fontsize=7)
-        base = next(m for m in means if m["method"] == "base")
-        if base[y] > 0:
-            axis.axhline(
-                base[y], color="black", linestyle=":", linewidth=1, label=f"base (reward {base['reward']:.2f})"
-            )
-        axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xlim=(0.7, 1.015))
-        axis.grid(alpha=0.25)
-    axes[1].set_yscale("log")
-    axes[2].set_yscale("log")
-    axes[0].legend(loc="lower left")
-    figure.tight_layout()
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.subplots()
+    draw(axis, means, "reward", "relative_diversity", names=True)
+    axis.set(xlim=(0.7, 1.02), xlabel="reward (probability of an even digit)")
+    axis.set(ylabel="diversity, relative to the base model's", ylim=(-0.03, 1.08))
+    base = next(mean for mean in means if mean["method"] == "base")
+    note = f"base model: reward {base['reward']:.2f}, diversity 1"
+    axis.text(0.705, 1.04, f"\u2190 {note}", fontsize=9)
+    axis.text(0.72, 0.52, "better: up and right  \u2197", fontsize=12)
+    axis.legend(loc="lower left")
     figure.savefig(f"{out}.png", dpi=110)
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    for axis, tag in zip(figure.subplots(1, 2), ("w2", "frechet"), strict=True):
+        draw(axis, means, "reward", tag, names=False)
+        label = {"w2": "W2 to the base model", "frechet": "Fréchet distance to real even digits"}
+        axis.set(yscale="log", xlim=(0.7, 1.02), xlabel="reward", ylabel=label[tag])
+    axis.legend(fontsize=8)
+    figure.savefig(f"{out}_distance.png", dpi=110)
 
 
 if __name__ == "__main__":
