@@ -28,11 +28,10 @@ Needs 1.5 GB of memory; takes a GPU where there is one. Equations, results: docs
 import copy
 import dataclasses
 import gzip
-import importlib.util
 import json
 import math
-import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -48,7 +47,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -129,8 +128,8 @@ class Args:
     adv_norm: Literal["base", "none", "group", "global"] = "base"
     """adrpo: divide A by the spread of the base model's rewards, by nothing (eq. 6), the group's"""
     alpha: tuple[float, ...] = (0.0, 0.2, 1.0)
-    """orw: fixed divergence weight; 0 collapses, above it is ORW-CFM-W2. Ours stands beside weights
-    of mean 1: the authors' alpha, beside exp(tau R) itself, is ours times the mean of exp(tau R)"""
+    """orw: fixed divergence weight; 0 collapses, above it is ORW-CFM-W2. The authors' alpha is ours
+    times the mean of exp(tau R), which the weights are divided by here and which grows with R"""
     tau: float = 300.0
     """orw: weight exp(tau R) (the authors show 10; with 30 it collapses to a blur, not a digit)"""
     subgroup_size: int = 8
@@ -156,13 +155,9 @@ def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None
     `clip_k` then clips to +-clip_k * beta0, once: the loss has the same A in both of its terms."""
     # Relative to the first reward, so that a group of equal rewards gives exactly 0.
     relative = rewards - rewards[:, :1]  # [P,G]
-    advantage = relative - relative.mean(dim=1, keepdim=True)
-    if normalize == "group":
-        advantage = advantage / (relative.std(dim=1, keepdim=True) + 1e-4)
-    elif normalize == "global":
-        advantage = advantage / (rewards.std() + 1e-4)
-    elif normalize == "base":
-        advantage = advantage / base_std
+    spreads = {"none": 1.0, "base": base_std, "global": rewards.std() + 1e-4}
+    spreads["group"] = relative.std(dim=1, keepdim=True) + 1e-4  # [P,1]
+    advantage = (relative - relative.mean(dim=1, keepdim=True)) / spreads[normalize]
     if clip_k is not None:
         advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
     return advantage.detach()
@@ -182,10 +177,7 @@ def adrpo_statistics(advantage: Tensor, beta0: float) -> dict[str, float]:
 
 
 def orw_weights(rewards: Tensor, tau: float) -> Tensor:
-    """ORW-CFM-W2's weights exp(tau R), here with mean 1 in each group: [P,G] -> [P,G], detached.
-
-    With alpha > 0 this moves the optimum: as the policy improves, the mean of exp(tau R) that we
-    divide by grows, and alpha with it in the authors' units."""
+    """ORW-CFM-W2's weights exp(tau R), here with mean 1 in each group: [P,G] -> [P,G], detached."""
     return (torch.softmax(tau * rewards, dim=1) * rewards.shape[1]).detach()
 
 
@@ -249,7 +241,6 @@ def flow_matching_point(x1: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, T
 @torch.no_grad()
 def sample(velocity: nn.Module, noise: Tensor, num_steps: int) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise [B,D] at t = 0 to latents [B,D] at t = 1, Euler steps.
-
     Raises InputError when the latents are not finite: the policy has diverged."""
     x = noise
     for step in range(num_steps):
@@ -390,11 +381,7 @@ def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[
     path, _, name = spec.rpartition(":")
     if not (path.endswith(".py") and Path(path).is_file()):
         raise InputError(f"--reward {spec}: give even, digit:0 to digit:9 or FILE.py:function")
-    module_spec = importlib.util.spec_from_file_location("reward_plugin", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules["reward_plugin"] = module  # dataclasses and pickle look it up
-    module_spec.loader.exec_module(module)
-    function = getattr(module, name)
+    function = runpy.run_path(path, run_name="reward_plugin")[name]
 
     def plugin_reward(images: Tensor) -> Tensor:
         values = function(images, ["a handwritten digit"] * len(images), [{} for _ in images])
@@ -408,8 +395,7 @@ def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[
 
 # -------------------------------------------------------------------------------------------- data
 def read_idx(path: Path) -> np.ndarray:
-    """One IDX file of bytes (format: yann.lecun.com/exdb/mnist), gzipped or not. Raises ValueError
-    or the reader's own error."""
+    """One IDX file of bytes, gzipped or not. Raises ValueError or the reader's own error."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path.name} is not an IDX file of bytes")
@@ -418,8 +404,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Every MNIST pair in data_dir: uint8 images [N,28,28] and labels [N]; None when there is no
-    pair. Raises ValueError or the reader's own error for a damaged one."""
+    """Every MNIST pair in data_dir: uint8 images [N,28,28] and labels [N]; None without a pair.
+    Raises ValueError or the reader's own error for a damaged one."""
     pairs = []
     for part in ("train", "t10k"):
         names = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
@@ -445,18 +431,18 @@ def download_mnist(data_dir: Path) -> None:
 
 def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
     """Images float [N,1,28,28] in [0,1], labels int64 [N], name of the data set; or InputError."""
+    folder = Path(data_dir)
     if dataset != "digits":
         try:
-            if (arrays := read_mnist(Path(data_dir))) is None:
-                download_mnist(Path(data_dir))
-                arrays = read_mnist(Path(data_dir))
-            images, labels = (torch.tensor(array) for array in arrays)
+            if (arrays := read_mnist(folder)) is None:
+                download_mnist(folder)
+                arrays = read_mnist(folder)
+            images, labels = map(torch.tensor, arrays)
             return images.float()[:, None] / 255, labels.long(), "mnist"
         except Exception as error:
             problem = f"--data-dir {data_dir}: MNIST cannot be read or downloaded ({error})"
-            if dataset == "mnist" or any(
-                Path(data_dir).glob("*-ubyte*")
-            ):  # damaged: not passed over
+            damaged = any(folder.glob("*-ubyte*"))  # not passed over
+            if damaged or dataset == "mnist":
                 raise InputError(f"{problem}; or use --dataset digits") from error
             print(f"{problem}: using scikit-learn's digits")
     from sklearn.datasets import load_digits  # seconds of import, for this case only
@@ -533,9 +519,8 @@ class VelocityNetwork(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.residuals = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.output = nn.Linear(width, LATENT_SIZE)
-        for layer in (*self.residuals, self.output):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in (*self.residuals.parameters(), *self.output.parameters()):
+            nn.init.zeros_(parameter)
         self.bf16 = bf16
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -567,16 +552,13 @@ def fit(name: str, model: nn.Module, loss_fn: Callable, steps: int, learning_rat
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, **ADAM)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps + 1, pct_start=0.1)
     average = copy.deepcopy(model)
-    bar = tqdm(range(steps), f"train {name}", mininterval=1.0)
-    for step in bar:
+    for step in tqdm(range(steps), f"train {name}", mininterval=1.0):
         loss = loss_fn()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         cycle.step()
         update_average(average, model, min(0.999, (step + 1) / (step + 10)))
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
     model.load_state_dict(average.state_dict())
 
 
@@ -683,22 +665,18 @@ def check_args(args: Args) -> None:
         values = given if isinstance(given, tuple) else (given,)
         numbers = [value for value in values if type(value) in (int, float)]
         lowest = 0 if name in ("seed", "alpha", "tau", "ema_decay") else 1e-30
-        if not all(number >= lowest for number in numbers) or len(set(values)) < max(
-            len(values), 1
-        ):
+        distinct = len(set(values)) == len(values) > 0
+        if not (distinct and all(number >= lowest for number in numbers)):
             flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
             raise InputError(f"{flag}: must be positive; of several values, each once")
-    paired = not {"raft", "dpo"} & set(args.methods) or args.group_size % args.subgroup_size == 0
-    rules = {
-        "--group-size, --eval-samples: at least 2": min(args.group_size, args.eval_samples) > 1,
-        "--group-size: a multiple of --subgroup-size for raft and dpo": paired,
-        "--subgroup-size: even": args.subgroup_size % 2 == 0,
-        "--ema-decay: below 1": args.ema_decay < 1,
-        "torchrun: this script is one process; use python": "WORLD_SIZE" not in os.environ,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise InputError(rule)
+    if min(args.group_size, args.eval_samples) < 2:
+        raise InputError("--group-size, --eval-samples: at least 2")
+    if {"raft", "dpo"} & set(args.methods) and args.group_size % args.subgroup_size:
+        raise InputError("--group-size: a multiple of --subgroup-size for raft and dpo")
+    if args.subgroup_size % 2:
+        raise InputError("--subgroup-size: even")
+    if args.ema_decay >= 1:
+        raise InputError("--ema-decay: below 1")
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
@@ -909,11 +887,7 @@ if __name__ == "__main__":
     preset = Args(quick=True, dataset="digits", **short) if "--quick" in flags else Args()
     try:
         main(tyro.cli(Args, default=preset, description=__doc__.partition("\n")[0]))
-    except (InputError, OSError, SafetensorError) as error:
-        full = any(what in str(error) for what in ("No space left", "Read-only"))
-        if not (full or isinstance(error, InputError)):
-            raise
-        flag = "--output-dir: make room or name another: " * full
-        sys.exit(f"error: {flag}{' '.join(str(error).split())}")
+    except InputError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")  # one line
     except KeyboardInterrupt:
         sys.exit("interrupted; --pretrained RUN starts from its base models, once they are trained")
