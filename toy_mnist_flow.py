@@ -363,7 +363,6 @@ def plot_tradeoff(run_dir: Path) -> None:
     axis.plot(*np.array(sorted(fixed)).reshape(-1, 2).T, color=COLOURS["orw"], linestyle="--")
     axis.scatter(reward[0], 1, color="black", marker="D", s=70, zorder=4)
     axis.annotate("base model", (reward[0], 1), (0, 10), textcoords="offset points")
-    axis.text(0.03, 0.03, "better: up and right  \u2197", transform=axis.transAxes, fontsize=13)
     axis.margins(0.09)
     axis.set(xlabel="reward", ylabel="diversity, relative to the base model's")
     figure.savefig(run_dir / "tradeoff.png", dpi=110)
@@ -642,11 +641,11 @@ def create_run(args: Args) -> Path:
     return folder
 
 
-def log(path: Path, writer: SummaryWriter, name: str, step: int, record: dict[str, float]) -> None:
+def log(run_dir: Path, writer: SummaryWriter, name: str, step: int, record: dict) -> None:
     """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
-    with path.open("a") as file:
-        row = {"method": name, "step": step, **record}
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    row = {"method": name, "step": step, **record}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        print(json.dumps(row, allow_nan=False), file=file)
     for tag, value in record.items():
         writer.add_scalar(tag, value, step)
 
@@ -717,8 +716,7 @@ def main(args: Args) -> None:
     print(f"{run_dir}: {len(images)} {data_name} images, {device}, {'bf16' if bf16 else 'fp32'}")
     if not info:
         info = {"dataset": data_name} | pretrain(args, images, labels, models, generator)
-    path = run_dir / "pretrained.safetensors"
-    save_file(models.state_dict(), path, metadata={"info": json.dumps(info)})
+    save_file(models.state_dict(), run_dir / "pretrained.safetensors", {"info": json.dumps(info)})
     models.requires_grad_(False)
 
     # What every evaluation shares, and the base model's own figures.
@@ -743,42 +741,37 @@ def main(args: Args) -> None:
     for beta0 in args.beta0:
         # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
         gain = (base_std**2 if args.adv_norm == "none" else base_std) / beta0
-        print(
-            f"base reward {base_mean:.3f} +- {base_std:.3f}; beta0 {beta0:g} asks for {gain:+.3f}"
-        )
+        print(f"base reward {base_mean:.2f} ± {base_std:.2f}; beta0 {beta0:g} asks for {gain:+.2f}")
     if args.adv_norm == "base" and base_std <= 1e-6 * base_rewards.abs().max():
         raise InputError("--reward: the base model's are all equal; --adv-norm none goes on anyway")
 
-    metrics_path = run_dir / "metrics.jsonl"
     for name, method, strength in fine_tunings(args):
         network = copy.deepcopy(reference).requires_grad_(True)
         policy = copy.deepcopy(reference)  # average of `network`: draws the rollouts, is evaluated
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, **ADAM)
         writer = SummaryWriter(run_dir / name)
-        log(metrics_path, writer, name, 0, {f"eval/{tag}": value for tag, value in base.items()})
+        log(run_dir, writer, name, 0, {f"eval/{tag}": value for tag, value in base.items()})
         offline = method == "dpo" and not args.dpo_online
-        if offline:  # whole subgroups of the base model's rollout
-            base_groups = base_rollout.view(-1, args.subgroup_size, LATENT_SIZE)
-            groups = args.group_size // args.subgroup_size
         regularised = method in ("adrpo", "dpo") or (method == "orw" and strength > 0)
         metrics = base
 
-        bar = tqdm(range(args.iterations), f"{name:9s}", mininterval=0.5)
+        bar = tqdm(range(1, args.iterations + 1), f"{name:9s}", mininterval=0.5)
         for iteration in bar:
             # ---- 1. rollout: x1 from the policy (eq. 6), and its reward
             started = synchronized_time(device)
             stream = STREAMS.get(name, STREAMS[method])
-            generator = seed_everything(args.seed, stream, iteration + 1)
-            if offline:
-                rows = torch.randint(len(base_groups), (groups,), generator=generator).to(device)
-                x1 = base_groups[rows].flatten(0, 1)
-                rolled_out = synchronized_time(device)
-                rewards = base_rewards.view(-1, args.subgroup_size)[rows].flatten()
+            generator = seed_everything(args.seed, stream, iteration)
+            if offline:  # whole subgroups of the base model's rollout
+                subgroups = torch.arange(len(base_rollout)).view(-1, args.subgroup_size)
+                count = args.group_size // args.subgroup_size
+                drawn = torch.randint(len(subgroups), (count,), generator=generator)
+                rows = subgroups[drawn].flatten()
+                x1 = base_rollout[rows]
             else:
                 noise, _ = noise_and_time(args.group_size, generator, device)
                 x1 = sample(policy, noise, args.num_steps)  # [G,24]
-                rolled_out = synchronized_time(device)
-                rewards = reward(autoencoder.decode(x1))  # [G]
+            rolled_out = synchronized_time(device)
+            rewards = base_rewards[rows] if offline else reward(autoencoder.decode(x1))  # [G]
             rewarded = synchronized_time(device)
             record = {"reward/mean": rewards.mean().item(), "reward/std": rewards.std().item()}
 
@@ -800,8 +793,8 @@ def main(args: Args) -> None:
                 x1, (won, lost) = x1[pairs], rewards[pairs].chunk(2)
 
             # ---- 3. updates on this rollout, each with fresh noise and times
-            warmup = min(1.0, (iteration + 1) / 5)
-            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * iteration / args.iterations)) / 2
+            warmup = min(1.0, iteration / 5)
+            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
             totals = defaultdict(float)
             for _ in range(args.updates_per_iteration):
@@ -819,10 +812,8 @@ def main(args: Args) -> None:
                 elif method == "raft":
                     loss = mean_square(v - u).mean()
                 else:
-                    v_w, v_l = v.chunk(2)
-                    v_w_ref, v_l_ref = v_ref.chunk(2)
-                    u_w, u_l = u.chunk(2)
-                    pair_loss = dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, strength)
+                    winners, losers = torch.stack([v, v_ref, u]).chunk(2, dim=1)
+                    pair_loss = dpo_fm_loss(*winners, *losers, strength)
                     loss = (pair_loss * (won > lost)).mean()  # equal rewards prefer nothing
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -840,7 +831,6 @@ def main(args: Args) -> None:
             updated = synchronized_time(device)
 
             # ---- 4. log, evaluate
-            done = iteration + 1
             for tag, total in totals.items():
                 record[tag] = total.item() / args.updates_per_iteration
             record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -849,14 +839,14 @@ def main(args: Args) -> None:
             record["charts/seconds_update"] = updated - rewarded
             if device.type == "cuda":
                 record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            early = done < args.eval_every and done.bit_count() == 1  # 1, 2, 4, 8, ...
-            if early or done % args.eval_every == 0 or done == args.iterations:
+            early = iteration < args.eval_every and iteration.bit_count() == 1  # 1, 2, 4, 8, ...
+            if early or iteration % args.eval_every == 0 or iteration == args.iterations:
                 metrics, final_images = evaluate(policy, models, reward, eval_set, args.num_steps)
                 record |= {f"eval/{tag}": value for tag, value in metrics.items()}
                 picture = sheet(final_images, 8, 16)
-                imsave(run_dir / f"samples/{name}-{done:06d}.png", picture, cmap="gray")
-                writer.add_image("samples", picture, done, dataformats="HW")
-            log(metrics_path, writer, name, done, record)
+                imsave(run_dir / f"samples/{name}-{iteration:06d}.png", picture, cmap="gray")
+                writer.add_image("samples", picture, iteration, dataformats="HW")
+            log(run_dir, writer, name, iteration, record)
             shown = metrics["reward"] if offline else record["reward/mean"]
             kept = metrics["diversity"] / base["diversity"]
             bar.set_postfix_str(f"reward {shown:.3f}, diversity {kept:.0%}, w2 {metrics['w2']:.3f}")
