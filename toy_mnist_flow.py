@@ -2,9 +2,8 @@
 
 Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 6: every
 sample has its own divergence weight, `beta0 - A`, where A is its advantage over the other samples
-of its prompt. Beside it, on the same base model: a fixed weight at several strengths (ORW-CFM-W2,
-arXiv 2502.06061; it collapses at 0), RAFT (arXiv 2304.06767) and Diffusion-DPO for flow matching
-(arXiv 2311.12908).
+of its prompt. Beside it, on the same base model: fixed weights (ORW-CFM-W2, arXiv 2502.06061; 0
+collapses), RAFT (arXiv 2304.06767) and Diffusion-DPO for flow matching (arXiv 2311.12908).
 
 The world has the parts of a large text-to-image model: an autoencoder, a flow-matching network in
 its latent space, a reward. The base model draws all ten digits; the reward is the probability that
@@ -99,7 +98,7 @@ class Args:
     flow_steps: int = 2500
     """steps of 256 latents for the base model; too few: malformed digits before any fine-tuning"""
 
-    # -------------------------------------------------------------------------------- fine-tuning
+    # ---------------------------------------------------------------- fine-tuning and evaluation
     methods: tuple[Literal["adrpo", "orw", "raft", "dpo"], ...] = ("orw", "adrpo", "dpo")
     """each starts from the same base model, once for each of its strengths"""
     reward: str = "even"
@@ -110,6 +109,10 @@ class Args:
     """samples per rollout, one group (the toy has one prompt). Small: noisy advantages"""
     num_steps: int = 20
     """Euler steps of a sample; with 10 their discretisation error is learnt and diversity falls"""
+    eval_every: int = 30
+    """iterations between evaluations on fixed noise; before it, also after 1, 2, 4, 8, ..."""
+    eval_samples: int = 1024
+    """samples per evaluation (the Fréchet distance depends on it: compare only equal ones)"""
     updates_per_iteration: int = 8
     """optimiser steps on one rollout, each on all its samples with fresh noise and times (ours)"""
     learning_rate: float = 3e-4
@@ -139,12 +142,6 @@ class Args:
     dpo_online: bool = False
     """dpo: draw the pairs from the policy at every iteration instead of once from the base model"""
 
-    # --------------------------------------------------------------------------------- evaluation
-    eval_every: int = 30
-    """iterations between evaluations on fixed noise; before it, also after 1, 2, 4, 8, ..."""
-    eval_samples: int = 1024
-    """samples per evaluation (the Fréchet distance depends on it: compare only equal ones)"""
-
 
 # -------------------------------------------------------------------------------------- the method
 def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None) -> Tensor:
@@ -166,14 +163,11 @@ def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None
 def adrpo_statistics(advantage: Tensor, beta0: float) -> dict[str, float]:
     """The adrpo/* figures of a rollout; extrapolation: how far v_star lies from v_ref towards u."""
     coefficient, extrapolation = beta0 - advantage, advantage.abs() / beta0
-    return {
-        "adrpo/coefficient_mean": coefficient.mean().item(),
-        "adrpo/coefficient_min": coefficient.min().item(),
-        "adrpo/coefficient_max": coefficient.max().item(),
-        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
-        "adrpo/extrapolation_mean": extrapolation.mean().item(),
-        "adrpo/extrapolation_max": extrapolation.max().item(),
-    }
+    figures = {"coefficient_min": coefficient.min(), "coefficient_max": coefficient.max()}
+    figures |= {"coefficient_mean": coefficient.mean(), "extrapolation_mean": extrapolation.mean()}
+    figures["coefficient_fraction_negative"] = (coefficient < 0).float().mean()
+    figures["extrapolation_max"] = extrapolation.max()
+    return {f"adrpo/{tag}": value.item() for tag, value in figures.items()}
 
 
 def orw_weights(rewards: Tensor, tau: float) -> Tensor:
@@ -325,16 +319,14 @@ def save_samples(run_dir: Path, name: str, images: Tensor) -> None:
 
 def plot_collapse(run_dir: Path, results: dict[str, dict]) -> None:
     """collapse.png: samples of base model, orw and adrpo from the same noise, side by side."""
-    names = [name for name in results if name.split("-")[0] in ("base", "orw", "adrpo")]
-    titles = {"base": "base model", "orw": "fixed weight ", "adrpo": "ADRPO, $\\beta_0$ = "}
+    names = [name for name in results if name.startswith(("base", "orw", "adrpo"))]
     figure = Figure(figsize=(3.2 * len(names), 4.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        method, _, strength = name.partition("-")
         images = torch.tensor(np.load(run_dir / f"samples/{name}.npy"))[:, None] / 255
         axis.imshow(sheet(images, 8, 8), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(titles[method] + strength, color=COLOURS.get(method, "black"))
         reward, kept = results[name]["reward"], results[name]["relative_diversity"]
         axis.set(xlabel=f"reward {reward:.2f}   diversity {kept:.0%}", xticks=[], yticks=[])
+        axis.set_title(name.replace("orw-", "fixed weight ").replace("-", " "))
     figure.savefig(run_dir / "collapse.png", dpi=110)
 
 
@@ -419,9 +411,8 @@ def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def download_mnist(data_dir: Path) -> None:
-    """Fetch MNIST, ten seconds of silence at most; a file gets its name when its SHA-256 is right.
-    Raises the library's own error."""
-    socket.setdefaulttimeout(10)
+    """Fetch MNIST; a file gets its name when its SHA-256 is right. Raises the library's error."""
+    socket.setdefaulttimeout(10)  # seconds of silence
     data_dir.mkdir(parents=True, exist_ok=True)
     for name, sha256 in MNIST_SHA256.items():
         file = f"{name}-ubyte.gz"
@@ -455,15 +446,14 @@ def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
 
 # --------------------------------------------------------------------------- models and reference
 class Classifier(nn.Module):
-    """Digit classifier: images [B,1,28,28] -> logits [B,10] and features [B,64]. Two shapes, so
-    that the judge does not share the reward model's weaknesses."""
+    """Digit classifier: images [B,1,28,28] -> logits [B,10] and features [B,64]."""
 
     def __init__(self, kind: Literal["reward", "judge"]):
         super().__init__()
         if kind == "reward":  # strided 3x3 convolutions
             layers = [nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
             layers += [nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU()]
-        else:  # pooled 5x5 convolutions
+        else:  # pooled 5x5 convolutions: the judge does not share the reward model's weaknesses
             layers = [nn.Conv2d(1, 16, 5), nn.GELU(), nn.MaxPool2d(2)]
             layers += [nn.Conv2d(16, 32, 5), nn.GELU(), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 64), nn.GELU())
@@ -572,8 +562,7 @@ def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, 
         return pool[torch.randint(len(pool), (size,), generator=rng).to(pool.device)]
 
     def classifier_loss(model: Classifier) -> Tensor:
-        # Noise and shifts of up to two pixels: a reward model that only ever saw clean, centred
-        # digits is easy to fool, and fine-tuning finds out how.
+        # A reward model that only ever saw clean, centred digits is easy to fool.
         index = pick(train, 128)
         shift = torch.randint(-2, 3, (2,), generator=rng).tolist()
         strength = 0.5 * torch.rand(128, 1, 1, 1, generator=rng)
@@ -603,9 +592,8 @@ def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, 
     fit("autoencoder", autoencoder, autoencoder_loss, args.autoencoder_steps, 2e-3)
     with torch.no_grad():
         raw = torch.cat([autoencoder.encode(part)[0] for part in images.split(4096)])
-        autoencoder.shift.copy_(raw.mean(0))
-        autoencoder.scale.copy_(raw.std())
-        latents = (raw - autoencoder.shift) / autoencoder.scale
+    autoencoder.shift, autoencoder.scale = raw.mean(0), raw.std()
+    latents = (raw - autoencoder.shift) / autoencoder.scale
     fit("base flow", flow, flow_loss, args.flow_steps, 1e-3)
     return {"classifier_accuracy": accuracy(classifier), "judge_accuracy": accuracy(judge)}
 
@@ -650,13 +638,6 @@ def log(run_dir: Path, writer: SummaryWriter, name: str, step: int, record: dict
         writer.add_scalar(tag, value, step)
 
 
-def synchronized_time(device: torch.device) -> float:
-    """Wall clock in seconds, after the device has finished what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
 # -------------------------------------------------------------------------------------------- main
 def check_args(args: Args) -> None:
     """Raise InputError for flags that cannot work."""
@@ -687,13 +668,6 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
     if device.type != "cpu":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, precision == "bf16" or (precision == "auto" and native)
-
-
-def fine_tunings(args: Args) -> list[tuple[str, str, float | None]]:
-    """Name, method and strength of every fine-tuning, such as ("orw-0.2", "orw", 0.2)."""
-    strengths = {"adrpo": args.beta0, "orw": args.alpha, "raft": (None,), "dpo": args.beta_dpo}
-    pairs = [(method, strength) for method in args.methods for strength in strengths[method]]
-    return [(m if s is None else f"{m}-{s:g}", m, s) for m, s in pairs]
 
 
 def main(args: Args) -> None:
@@ -745,7 +719,10 @@ def main(args: Args) -> None:
     if args.adv_norm == "base" and base_std <= 1e-6 * base_rewards.abs().max():
         raise InputError("--reward: the base model's are all equal; --adv-norm none goes on anyway")
 
-    for name, method, strength in fine_tunings(args):
+    strengths = {"adrpo": args.beta0, "orw": args.alpha, "raft": (None,), "dpo": args.beta_dpo}
+    pairs = [(method, strength) for method in args.methods for strength in strengths[method]]
+    for method, strength in pairs:
+        name = method if strength is None else f"{method}-{strength:g}"
         network = copy.deepcopy(reference).requires_grad_(True)
         policy = copy.deepcopy(reference)  # average of `network`: draws the rollouts, is evaluated
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, **ADAM)
@@ -753,12 +730,11 @@ def main(args: Args) -> None:
         log(run_dir, writer, name, 0, {f"eval/{tag}": value for tag, value in base.items()})
         offline = method == "dpo" and not args.dpo_online
         regularised = method in ("adrpo", "dpo") or (method == "orw" and strength > 0)
-        metrics = base
 
         bar = tqdm(range(1, args.iterations + 1), f"{name:9s}", mininterval=0.5)
         for iteration in bar:
             # ---- 1. rollout: x1 from the policy (eq. 6), and its reward
-            started = synchronized_time(device)
+            started = time.perf_counter()
             stream = STREAMS.get(name, STREAMS[method])
             generator = seed_everything(args.seed, stream, iteration)
             if offline:  # whole subgroups of the base model's rollout
@@ -770,10 +746,10 @@ def main(args: Args) -> None:
             else:
                 noise, _ = noise_and_time(args.group_size, generator, device)
                 x1 = sample(policy, noise, args.num_steps)  # [G,24]
-            rolled_out = synchronized_time(device)
+            rolled_out = time.perf_counter()
             rewards = base_rewards[rows] if offline else reward(autoencoder.decode(x1))  # [G]
-            rewarded = synchronized_time(device)
             record = {"reward/mean": rewards.mean().item(), "reward/std": rewards.std().item()}
+            rewarded = time.perf_counter()  # each part ends with a value read from the device
 
             # ---- 2. what the method makes of the rewards (raft and dpo repeat their picks: every
             #         method trains on the same number of points)
@@ -828,11 +804,11 @@ def main(args: Args) -> None:
                     totals["losses/flow_matching"] += mean_square(v - u).mean()
                     if regularised:
                         totals["losses/divergence"] += mean_square(v - v_ref).mean()
-            updated = synchronized_time(device)
-
-            # ---- 4. log, evaluate
             for tag, total in totals.items():
                 record[tag] = total.item() / args.updates_per_iteration
+            updated = time.perf_counter()
+
+            # ---- 4. log, evaluate
             record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             record["charts/seconds_rollout"] = rolled_out - started
             record["charts/seconds_reward"] = rewarded - rolled_out
@@ -847,9 +823,8 @@ def main(args: Args) -> None:
                 imsave(run_dir / f"samples/{name}-{iteration:06d}.png", picture, cmap="gray")
                 writer.add_image("samples", picture, iteration, dataformats="HW")
             log(run_dir, writer, name, iteration, record)
-            shown = metrics["reward"] if offline else record["reward/mean"]
             kept = metrics["diversity"] / base["diversity"]
-            bar.set_postfix_str(f"reward {shown:.3f}, diversity {kept:.0%}, w2 {metrics['w2']:.3f}")
+            bar.set_postfix(reward=metrics["reward"], diversity=kept, w2=metrics["w2"])
 
         results[name] = metrics | {"relative_diversity": kept}
         save_samples(run_dir, name, final_images)
