@@ -275,9 +275,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    velocity: nn.Module, models: nn.ModuleDict, reward: Callable, eval_set: EvalSet, num_steps: int
-) -> tuple[dict[str, float], Tensor]:
+def evaluate(velocity, models, reward, eval_set: EvalSet, num_steps: int) -> tuple[dict, Tensor]:
     """Every eval/* figure of a velocity network, and its images [N,1,28,28] on the fixed noise."""
     noise = eval_set.noise
     images = models["autoencoder"].decode(sample(velocity, noise, num_steps))
@@ -346,14 +344,12 @@ def plot_tradeoff(run_dir: Path) -> None:
         axis.plot(reward, kept, color=COLOURS[method], alpha=0.35, linewidth=1, marker=".")
         end = (reward[-1], kept[-1])
         fixed += [end] * (method == "orw")
-        star = {"marker": "*", "s": 380} if method == "adrpo" else {"s": 70}
-        axis.scatter(*end, color=COLOURS[method], edgecolor="white", zorder=4, **star)
+        axis.scatter(*end, 200, COLOURS[method], "*", zorder=4)
         # Labels left, above or below on the right: fixed weight, adrpo and dpo come close.
         offset = {"orw": (-52, -13), "adrpo": (10, 9)}.get(method, (8, -13))
         label = f"fixed {strength}" if method == "orw" else name.replace("-", " ")
         axis.annotate(label, end, offset, textcoords="offset points", color=COLOURS[method])
     axis.plot(*np.array(sorted(fixed)).reshape(-1, 2).T, color=COLOURS["orw"], linestyle="--")
-    axis.scatter(reward[0], 1, color="black", marker="D", s=70, zorder=4)
     axis.annotate("base model", (reward[0], 1), (0, 10), textcoords="offset points")
     axis.margins(0.09)
     axis.set(xlabel="reward", ylabel="diversity, relative to the base model's")
@@ -363,8 +359,7 @@ def plot_tradeoff(run_dir: Path) -> None:
 # ----------------------------------------------------------------------------------------- rewards
 def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[Tensor], Tensor]]:
     """The digits that --reward wants (a plug-in: all ten) and the reward, images [B,1,28,28] ->
-    float32 [B]: the probability of those digits, or the plug-in's values. Raises InputError; an
-    error inside a plug-in ends in its own traceback."""
+    float32 [B]: the probability of those digits, or the plug-in's values. Raises InputError."""
     targets = {"even": [0, 2, 4, 6, 8]} | {f"digit:{digit}": [digit] for digit in range(10)}
     if spec in targets:
         wanted = targets[spec]
@@ -424,10 +419,9 @@ def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
     folder = Path(data_dir)
     if dataset != "digits":
         try:
-            if (arrays := read_mnist(folder)) is None:
+            if read_mnist(folder) is None:
                 download_mnist(folder)
-                arrays = read_mnist(folder)
-            images, labels = map(torch.tensor, arrays)
+            images, labels = map(torch.tensor, read_mnist(folder))
             return images.float()[:, None] / 255, labels.long(), "mnist"
         except Exception as error:
             problem = f"--data-dir {data_dir}: MNIST cannot be read or downloaded ({error})"
@@ -552,8 +546,7 @@ def fit(name: str, model: nn.Module, loss_fn: Callable, steps: int, learning_rat
 
 
 def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, rng) -> dict:
-    """Train reward model, judge, autoencoder and base flow in place, all random numbers from `rng`.
-    Returns the classifiers' held-out accuracies."""
+    """Train the four networks in place, random numbers from `rng`; returns held-out accuracies."""
     classifier, judge, autoencoder, flow = models.values()
     order = torch.randperm(len(images), generator=rng).to(images.device)
     held_out, train = order[: len(order) // 10], order[len(order) // 10 :]
@@ -599,8 +592,7 @@ def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, 
 
 
 def load_pretrained(spec: str, models: nn.ModuleDict) -> dict:
-    """Load a run's pretrained.safetensors (its folder, or the file) into `models`; returns what its
-    header says of them. Raises InputError."""
+    """Load a run's networks (its folder or the file); returns their header or raises InputError."""
     path = Path(spec) / "pretrained.safetensors" if Path(spec).is_dir() else Path(spec)
     try:
         models.load_state_dict(load_file(path))
@@ -737,10 +729,9 @@ def main(args: Args) -> None:
             started = time.perf_counter()
             stream = STREAMS.get(name, STREAMS[method])
             generator = seed_everything(args.seed, stream, iteration)
-            if offline:  # whole subgroups of the base model's rollout
+            if offline:  # whole subgroups of the base model's rollout, which is eight long
                 subgroups = torch.arange(len(base_rollout)).view(-1, args.subgroup_size)
-                count = args.group_size // args.subgroup_size
-                drawn = torch.randint(len(subgroups), (count,), generator=generator)
+                drawn = torch.randint(len(subgroups), (len(subgroups) // 8,), generator=generator)
                 rows = subgroups[drawn].flatten()
                 x1 = base_rollout[rows]
             else:
@@ -854,5 +845,3 @@ if __name__ == "__main__":
         main(tyro.cli(Args, default=preset, description=__doc__.partition("\n")[0]))
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")  # one line
-    except KeyboardInterrupt:
-        sys.exit("interrupted; --pretrained RUN starts from its base models, once they are trained")
