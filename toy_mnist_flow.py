@@ -212,8 +212,7 @@ def dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, beta_dpo: float) -> Tensor
 
 # ----------------------------------------------------------------------------------------- rollout
 def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (a plug-in may draw from one) and return a generator, all from
-    `numbers`: each iteration has a stream of its own, whatever ran before it."""
+    """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -704,16 +703,13 @@ def main(args: Args) -> None:
     base_rewards = reward(autoencoder.decode(base_rollout))
     base_mean, base_std = base_rewards.mean().item(), base_rewards.std().item()
     info |= {"base_reward_mean": base_mean, "base_reward_std": base_std}
-    for beta0 in args.beta0:
-        # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
-        gain = (base_std**2 if args.adv_norm == "none" else base_std) / beta0
-        print(f"base reward {base_mean:.2f} ± {base_std:.2f}; beta0 {beta0:g} asks for {gain:+.2f}")
+    print(f"reward of the base model: mean {base_mean:.3f}, spread {base_std:.3f}")
     if args.adv_norm == "base" and base_std <= 1e-6 * base_rewards.abs().max():
         raise InputError("--reward: the base model's are all equal; --adv-norm none goes on anyway")
 
     strengths = {"adrpo": args.beta0, "orw": args.alpha, "raft": (None,), "dpo": args.beta_dpo}
-    pairs = [(method, strength) for method in args.methods for strength in strengths[method]]
-    for method, strength in pairs:
+    fine_tunings = [(method, value) for method in args.methods for value in strengths[method]]
+    for method, strength in fine_tunings:
         name = method if strength is None else f"{method}-{strength:g}"
         network = copy.deepcopy(reference).requires_grad_(True)
         policy = copy.deepcopy(reference)  # average of `network`: draws the rollouts, is evaluated
