@@ -343,7 +343,7 @@ def plot_tradeoff(run_dir: Path) -> None:
         axis.plot(reward, kept, color=COLOURS[method], alpha=0.35, linewidth=1, marker=".")
         end = (reward[-1], kept[-1])
         fixed += [end] * (method == "orw")
-        axis.scatter(*end, 200, COLOURS[method], "*", zorder=4)
+        axis.scatter(*end, s=200, color=COLOURS[method], marker="*", zorder=4)
         # Labels left, above or below on the right: fixed weight, adrpo and dpo come close.
         offset = {"orw": (-52, -13), "adrpo": (10, 9)}.get(method, (8, -13))
         label = f"fixed {strength}" if method == "orw" else name.replace("-", " ")
