@@ -2,9 +2,8 @@
 
 Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 6: every
 sample has its own divergence weight, `beta0 - A`, where A is its advantage over the other samples
-of its prompt. Beside it, on the same base model: a fixed weight at several strengths (ORW-CFM-W2,
-arXiv 2502.06061; it collapses at 0), RAFT (arXiv 2304.06767) and Diffusion-DPO for flow matching
-(arXiv 2311.12908).
+of its prompt. Beside it, on the same base model: fixed weights (ORW-CFM-W2, arXiv 2502.06061; 0
+collapses), RAFT (arXiv 2304.06767) and Diffusion-DPO for flow matching (arXiv 2311.12908).
 
 The world has the parts of a large text-to-image model: an autoencoder, a flow-matching network in
 its latent space, a reward. The base model draws all ten digits; the reward is the probability that
@@ -100,7 +99,7 @@ class Args:
     flow_steps: int = 2500
     """steps of 256 latents for the base model; too few: malformed digits before any fine-tuning"""
 
-    # -------------------------------------------------------------------------------- fine-tuning
+    # ---------------------------------------------------------------- fine-tuning and evaluation
     methods: tuple[Literal["adrpo", "orw", "raft", "dpo"], ...] = ("orw", "adrpo", "dpo")
     """each starts from the same base model, once for each of its strengths"""
     reward: str = "even"
@@ -111,6 +110,10 @@ class Args:
     """samples per rollout, one group (the toy has one prompt). Small: noisy advantages"""
     num_steps: int = 20
     """Euler steps of a sample; with 10 their discretisation error is learnt and diversity falls"""
+    eval_every: int = 30
+    """iterations between evaluations on fixed noise; before it, also after 1, 2, 4, 8, ..."""
+    eval_samples: int = 1024
+    """samples per evaluation (the Fréchet distance depends on it: compare only equal ones)"""
     updates_per_iteration: int = 8
     """optimiser steps on one rollout, each on all its samples with fresh noise and times (ours)"""
     learning_rate: float = 3e-4
@@ -129,8 +132,8 @@ class Args:
     adv_norm: Literal["base", "none", "group", "global"] = "base"
     """adrpo: divide A by the spread of the base model's rewards, by nothing (eq. 6), the group's"""
     alpha: tuple[float, ...] = (0.0, 0.2, 1.0)
-    """orw: fixed divergence weight; 0 collapses, above it is ORW-CFM-W2. Ours stands beside weights
-    of mean 1: the authors' alpha, beside exp(tau R) itself, is ours times the mean of exp(tau R)"""
+    """orw: fixed divergence weight; 0 collapses, above it is ORW-CFM-W2. The authors' alpha is ours
+    times the mean of exp(tau R), which the weights are divided by here and which grows with R"""
     tau: float = 300.0
     """orw: weight exp(tau R) (the authors show 10; with 30 it collapses to a blur, not a digit)"""
     subgroup_size: int = 8
@@ -139,12 +142,6 @@ class Args:
     """dpo: inverse temperature (flow_grpo's SD3 preset). Smaller: further from the base model"""
     dpo_online: bool = False
     """dpo: draw the pairs from the policy at every iteration instead of once from the base model"""
-
-    # --------------------------------------------------------------------------------- evaluation
-    eval_every: int = 30
-    """iterations between evaluations on fixed noise; before it, also after 1, 2, 4, 8, ..."""
-    eval_samples: int = 1024
-    """samples per evaluation (the Fréchet distance depends on it: compare only equal ones)"""
 
 
 # -------------------------------------------------------------------------------------- the method
@@ -156,13 +153,9 @@ def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None
     `clip_k` then clips to +-clip_k * beta0, once: the loss has the same A in both of its terms."""
     # Relative to the first reward, so that a group of equal rewards gives exactly 0.
     relative = rewards - rewards[:, :1]  # [P,G]
-    advantage = relative - relative.mean(dim=1, keepdim=True)
-    if normalize == "group":
-        advantage = advantage / (relative.std(dim=1, keepdim=True) + 1e-4)
-    elif normalize == "global":
-        advantage = advantage / (rewards.std() + 1e-4)
-    elif normalize == "base":
-        advantage = advantage / base_std
+    spreads = {"none": 1.0, "base": base_std, "global": rewards.std() + 1e-4}
+    spreads["group"] = relative.std(dim=1, keepdim=True) + 1e-4  # [P,1]
+    advantage = (relative - relative.mean(dim=1, keepdim=True)) / spreads[normalize]
     if clip_k is not None:
         advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
     return advantage.detach()
@@ -171,21 +164,15 @@ def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None
 def adrpo_statistics(advantage: Tensor, beta0: float) -> dict[str, float]:
     """The adrpo/* figures of a rollout; extrapolation: how far v_star lies from v_ref towards u."""
     coefficient, extrapolation = beta0 - advantage, advantage.abs() / beta0
-    return {
-        "adrpo/coefficient_mean": coefficient.mean().item(),
-        "adrpo/coefficient_min": coefficient.min().item(),
-        "adrpo/coefficient_max": coefficient.max().item(),
-        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
-        "adrpo/extrapolation_mean": extrapolation.mean().item(),
-        "adrpo/extrapolation_max": extrapolation.max().item(),
-    }
+    figures = {"coefficient_min": coefficient.min(), "coefficient_max": coefficient.max()}
+    figures |= {"coefficient_mean": coefficient.mean(), "extrapolation_mean": extrapolation.mean()}
+    figures["coefficient_fraction_negative"] = (coefficient < 0).float().mean()
+    figures["extrapolation_max"] = extrapolation.max()
+    return {f"adrpo/{tag}": value.item() for tag, value in figures.items()}
 
 
 def orw_weights(rewards: Tensor, tau: float) -> Tensor:
-    """ORW-CFM-W2's weights exp(tau R), here with mean 1 in each group: [P,G] -> [P,G], detached.
-
-    With alpha > 0 this moves the optimum: as the policy improves, the mean of exp(tau R) that we
-    divide by grows, and alpha with it in the authors' units."""
+    """ORW-CFM-W2's weights exp(tau R), here with mean 1 in each group: [P,G] -> [P,G], detached."""
     return (torch.softmax(tau * rewards, dim=1) * rewards.shape[1]).detach()
 
 
@@ -226,8 +213,7 @@ def dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, beta_dpo: float) -> Tensor
 
 # ----------------------------------------------------------------------------------------- rollout
 def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (a plug-in may draw from one) and return a generator, all from
-    `numbers`: each iteration has a stream of its own, whatever ran before it."""
+    """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -249,7 +235,6 @@ def flow_matching_point(x1: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, T
 @torch.no_grad()
 def sample(velocity: nn.Module, noise: Tensor, num_steps: int) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise [B,D] at t = 0 to latents [B,D] at t = 1, Euler steps.
-
     Raises InputError when the latents are not finite: the policy has diverged."""
     x = noise
     for step in range(num_steps):
@@ -290,9 +275,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    velocity: nn.Module, models: nn.ModuleDict, reward: Callable, eval_set: EvalSet, num_steps: int
-) -> tuple[dict[str, float], Tensor]:
+def evaluate(velocity, models, reward, eval_set: EvalSet, num_steps: int) -> tuple[dict, Tensor]:
     """Every eval/* figure of a velocity network, and its images [N,1,28,28] on the fixed noise."""
     noise = eval_set.noise
     images = models["autoencoder"].decode(sample(velocity, noise, num_steps))
@@ -334,16 +317,15 @@ def save_samples(run_dir: Path, name: str, images: Tensor) -> None:
 
 def plot_collapse(run_dir: Path, results: dict[str, dict]) -> None:
     """collapse.png: samples of base model, orw and adrpo from the same noise, side by side."""
-    names = [name for name in results if name.split("-")[0] in ("base", "orw", "adrpo")]
-    titles = {"base": "base model", "orw": "fixed weight ", "adrpo": "ADRPO, $\\beta_0$ = "}
+    names = [name for name in results if name.startswith(("base", "orw", "adrpo"))]
     figure = Figure(figsize=(3.2 * len(names), 4.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        method, _, strength = name.partition("-")
         images = torch.tensor(np.load(run_dir / f"samples/{name}.npy"))[:, None] / 255
         axis.imshow(sheet(images, 8, 8), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(titles[method] + strength, color=COLOURS.get(method, "black"))
         reward, kept = results[name]["reward"], results[name]["relative_diversity"]
         axis.set(xlabel=f"reward {reward:.2f}   diversity {kept:.0%}", xticks=[], yticks=[])
+        title = name.replace("orw-", "fixed weight ").replace("adrpo-", "ADRPO, beta0 = ")
+        axis.set_title(title, color=COLOURS.get(name.split("-")[0], "black"))
     figure.savefig(run_dir / "collapse.png", dpi=110)
 
 
@@ -363,8 +345,8 @@ def plot_tradeoff(run_dir: Path) -> None:
         axis.plot(reward, kept, color=COLOURS[method], alpha=0.35, linewidth=1, marker=".")
         end = (reward[-1], kept[-1])
         fixed += [end] * (method == "orw")
-        star = {"marker": "*", "s": 380} if method == "adrpo" else {"s": 70}
-        axis.scatter(*end, color=COLOURS[method], edgecolor="white", zorder=4, **star)
+        shape = {"marker": "*", "s": 380} if method == "adrpo" else {"marker": "o", "s": 70}
+        axis.scatter(*end, color=COLOURS[method], edgecolor="white", zorder=4, **shape)
         # Labels left, above or below on the right: fixed weight, adrpo and dpo come close.
         offset = {"orw": (-52, -13), "adrpo": (10, 9)}.get(method, (8, -13))
         label = f"fixed {strength}" if method == "orw" else name.replace("-", " ")
@@ -373,7 +355,7 @@ def plot_tradeoff(run_dir: Path) -> None:
     axis.scatter(reward[0], 1, color="black", marker="D", s=70, zorder=4)
     axis.annotate("base model", (reward[0], 1), (0, 10), textcoords="offset points")
     axis.text(0.03, 0.03, "better: up and right  \u2197", transform=axis.transAxes, fontsize=13)
-    axis.margins(0.09)
+    axis.margins(0.12)
     axis.set(xlabel="reward", ylabel="diversity, relative to the base model's")
     figure.savefig(run_dir / "tradeoff.png", dpi=110)
 
@@ -381,8 +363,7 @@ def plot_tradeoff(run_dir: Path) -> None:
 # ----------------------------------------------------------------------------------------- rewards
 def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[Tensor], Tensor]]:
     """The digits that --reward wants (a plug-in: all ten) and the reward, images [B,1,28,28] ->
-    float32 [B]: the probability of those digits, or the plug-in's values. Raises InputError; an
-    error inside a plug-in ends in its own traceback."""
+    float32 [B]: the probability of those digits, or the plug-in's values. Raises InputError."""
     targets = {"even": [0, 2, 4, 6, 8]} | {f"digit:{digit}": [digit] for digit in range(10)}
     if spec in targets:
         wanted = targets[spec]
@@ -392,15 +373,18 @@ def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[
         raise InputError(f"--reward {spec}: give even, digit:0 to digit:9 or FILE.py:function")
     module_spec = importlib.util.spec_from_file_location("reward_plugin", path)
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules["reward_plugin"] = module  # dataclasses and pickle look it up
+    sys.modules["reward_plugin"] = module  # where dataclasses and pickle look it up
     module_spec.loader.exec_module(module)
-    function = getattr(module, name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--reward {spec}: {path} has no function {name!r}")
 
     def plugin_reward(images: Tensor) -> Tensor:
         values = function(images, ["a handwritten digit"] * len(images), [{} for _ in images])
         rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
         if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
-            raise InputError(f"--reward {spec}: must give {len(images)} finite floats: {rewards}")
+            bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
+            raise InputError(f"--reward {spec}: must give {len(images)} finite floats ({bad})")
         return rewards
 
     return list(range(10)), plugin_reward
@@ -408,8 +392,7 @@ def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[
 
 # -------------------------------------------------------------------------------------------- data
 def read_idx(path: Path) -> np.ndarray:
-    """One IDX file of bytes (format: yann.lecun.com/exdb/mnist), gzipped or not. Raises ValueError
-    or the reader's own error."""
+    """One IDX file of bytes, gzipped or not. Raises ValueError or the reader's own error."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path.name} is not an IDX file of bytes")
@@ -418,8 +401,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Every MNIST pair in data_dir: uint8 images [N,28,28] and labels [N]; None when there is no
-    pair. Raises ValueError or the reader's own error for a damaged one."""
+    """Every MNIST pair in data_dir: uint8 images [N,28,28] and labels [N]; None without a pair.
+    Raises ValueError or the reader's own error for a damaged one."""
     pairs = []
     for part in ("train", "t10k"):
         names = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
@@ -434,9 +417,8 @@ def read_mnist(data_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def download_mnist(data_dir: Path) -> None:
-    """Fetch MNIST, ten seconds of silence at most; a file gets its name when its SHA-256 is right.
-    Raises the library's own error."""
-    socket.setdefaulttimeout(10)
+    """Fetch MNIST; a file gets its name when its SHA-256 is right. Raises the library's error."""
+    socket.setdefaulttimeout(10)  # seconds of silence
     data_dir.mkdir(parents=True, exist_ok=True)
     for name, sha256 in MNIST_SHA256.items():
         file = f"{name}-ubyte.gz"
@@ -445,18 +427,17 @@ def download_mnist(data_dir: Path) -> None:
 
 def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
     """Images float [N,1,28,28] in [0,1], labels int64 [N], name of the data set; or InputError."""
+    folder = Path(data_dir)
     if dataset != "digits":
         try:
-            if (arrays := read_mnist(Path(data_dir))) is None:
-                download_mnist(Path(data_dir))
-                arrays = read_mnist(Path(data_dir))
-            images, labels = (torch.tensor(array) for array in arrays)
+            if read_mnist(folder) is None:
+                download_mnist(folder)
+            images, labels = map(torch.tensor, read_mnist(folder))
             return images.float()[:, None] / 255, labels.long(), "mnist"
         except Exception as error:
             problem = f"--data-dir {data_dir}: MNIST cannot be read or downloaded ({error})"
-            if dataset == "mnist" or any(
-                Path(data_dir).glob("*-ubyte*")
-            ):  # damaged: not passed over
+            damaged = any(folder.glob("*-ubyte*"))  # not passed over
+            if damaged or dataset == "mnist":
                 raise InputError(f"{problem}; or use --dataset digits") from error
             print(f"{problem}: using scikit-learn's digits")
     from sklearn.datasets import load_digits  # seconds of import, for this case only
@@ -470,15 +451,14 @@ def load_data(dataset: str, data_dir: str) -> tuple[Tensor, Tensor, str]:
 
 # --------------------------------------------------------------------------- models and reference
 class Classifier(nn.Module):
-    """Digit classifier: images [B,1,28,28] -> logits [B,10] and features [B,64]. Two shapes, so
-    that the judge does not share the reward model's weaknesses."""
+    """Digit classifier: images [B,1,28,28] -> logits [B,10] and features [B,64]."""
 
     def __init__(self, kind: Literal["reward", "judge"]):
         super().__init__()
         if kind == "reward":  # strided 3x3 convolutions
             layers = [nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
             layers += [nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU()]
-        else:  # pooled 5x5 convolutions
+        else:  # pooled 5x5 convolutions: the judge does not share the reward model's weaknesses
             layers = [nn.Conv2d(1, 16, 5), nn.GELU(), nn.MaxPool2d(2)]
             layers += [nn.Conv2d(16, 32, 5), nn.GELU(), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 64), nn.GELU())
@@ -533,9 +513,8 @@ class VelocityNetwork(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.residuals = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.output = nn.Linear(width, LATENT_SIZE)
-        for layer in (*self.residuals, self.output):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in (*self.residuals.parameters(), *self.output.parameters()):
+            nn.init.zeros_(parameter)
         self.bf16 = bf16
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -576,13 +555,12 @@ def fit(name: str, model: nn.Module, loss_fn: Callable, steps: int, learning_rat
         cycle.step()
         update_average(average, model, min(0.999, (step + 1) / (step + 10)))
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=loss.item())
     model.load_state_dict(average.state_dict())
 
 
 def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, rng) -> dict:
-    """Train reward model, judge, autoencoder and base flow in place, all random numbers from `rng`.
-    Returns the classifiers' held-out accuracies."""
+    """Train the four networks in place, random numbers from `rng`; returns held-out accuracies."""
     classifier, judge, autoencoder, flow = models.values()
     order = torch.randperm(len(images), generator=rng).to(images.device)
     held_out, train = order[: len(order) // 10], order[len(order) // 10 :]
@@ -591,8 +569,7 @@ def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, 
         return pool[torch.randint(len(pool), (size,), generator=rng).to(pool.device)]
 
     def classifier_loss(model: Classifier) -> Tensor:
-        # Noise and shifts of up to two pixels: a reward model that only ever saw clean, centred
-        # digits is easy to fool, and fine-tuning finds out how.
+        # A reward model that only ever saw clean, centred digits is easy to fool.
         index = pick(train, 128)
         shift = torch.randint(-2, 3, (2,), generator=rng).tolist()
         strength = 0.5 * torch.rand(128, 1, 1, 1, generator=rng)
@@ -622,23 +599,25 @@ def pretrain(args: Args, images: Tensor, labels: Tensor, models: nn.ModuleDict, 
     fit("autoencoder", autoencoder, autoencoder_loss, args.autoencoder_steps, 2e-3)
     with torch.no_grad():
         raw = torch.cat([autoencoder.encode(part)[0] for part in images.split(4096)])
-        autoencoder.shift.copy_(raw.mean(0))
-        autoencoder.scale.copy_(raw.std())
-        latents = (raw - autoencoder.shift) / autoencoder.scale
+    autoencoder.shift, autoencoder.scale = raw.mean(0), raw.std()
+    latents = (raw - autoencoder.shift) / autoencoder.scale
     fit("base flow", flow, flow_loss, args.flow_steps, 1e-3)
     return {"classifier_accuracy": accuracy(classifier), "judge_accuracy": accuracy(judge)}
 
 
-def load_pretrained(spec: str, models: nn.ModuleDict) -> dict:
-    """Load a run's pretrained.safetensors (its folder, or the file) into `models`; returns what its
-    header says of them. Raises InputError."""
+def load_pretrained(spec: str, models: nn.ModuleDict, dataset: str | None = None) -> dict:
+    """Load a run's networks (its folder or the file) and return their header; refuses, by
+    InputError, what does not fit them or was trained on another data set than `dataset`."""
     path = Path(spec) / "pretrained.safetensors" if Path(spec).is_dir() else Path(spec)
     try:
         models.load_state_dict(load_file(path))
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["info"])
+            info = json.loads(file.metadata()["info"])
     except Exception as error:
         raise InputError(f"--pretrained {spec}: no networks of this script ({error})") from error
+    if dataset not in (None, info["dataset"]):
+        raise InputError(f"--pretrained {spec}: is of --dataset {info['dataset']}, not {dataset}")
+    return info
 
 
 # --------------------------------------------------------------------------------------- run files
@@ -660,20 +639,13 @@ def create_run(args: Args) -> Path:
     return folder
 
 
-def log(path: Path, writer: SummaryWriter, name: str, step: int, record: dict[str, float]) -> None:
+def log(run_dir: Path, writer: SummaryWriter, name: str, step: int, record: dict) -> None:
     """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
-    with path.open("a") as file:
-        row = {"method": name, "step": step, **record}
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    row = {"method": name, "step": step, **record}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        print(json.dumps(row, allow_nan=False), file=file)
     for tag, value in record.items():
         writer.add_scalar(tag, value, step)
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Wall clock in seconds, after the device has finished what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -683,22 +655,19 @@ def check_args(args: Args) -> None:
         values = given if isinstance(given, tuple) else (given,)
         numbers = [value for value in values if type(value) in (int, float)]
         lowest = 0 if name in ("seed", "alpha", "tau", "ema_decay") else 1e-30
-        if not all(number >= lowest for number in numbers) or len(set(values)) < max(
-            len(values), 1
-        ):
+        distinct = len(set(values)) == len(values) > 0
+        if not (distinct and all(number >= lowest for number in numbers)):
             flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
             raise InputError(f"{flag}: must be positive; of several values, each once")
-    paired = not {"raft", "dpo"} & set(args.methods) or args.group_size % args.subgroup_size == 0
-    rules = {
-        "--group-size, --eval-samples: at least 2": min(args.group_size, args.eval_samples) > 1,
-        "--group-size: a multiple of --subgroup-size for raft and dpo": paired,
-        "--subgroup-size: even": args.subgroup_size % 2 == 0,
-        "--ema-decay: below 1": args.ema_decay < 1,
-        "torchrun: this script is one process; use python": "WORLD_SIZE" not in os.environ,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise InputError(rule)
+    if min(args.group_size, args.eval_samples) < 2:
+        raise InputError("--group-size, --eval-samples: at least 2")
+    uneven = args.subgroup_size % 2 or args.group_size % args.subgroup_size
+    if uneven and {"raft", "dpo"} & set(args.methods):
+        raise InputError("--subgroup-size: must be even and divide --group-size, for raft and dpo")
+    if args.ema_decay >= 1:
+        raise InputError("--ema-decay: below 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun: its processes would be unrelated runs; use python")
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
@@ -712,18 +681,11 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, bool]:
     return device, precision == "bf16" or (precision == "auto" and native)
 
 
-def fine_tunings(args: Args) -> list[tuple[str, str, float | None]]:
-    """Name, method and strength of every fine-tuning, such as ("orw-0.2", "orw", 0.2)."""
-    strengths = {"adrpo": args.beta0, "orw": args.alpha, "raft": (None,), "dpo": args.beta_dpo}
-    pairs = [(method, strength) for method in args.methods for strength in strengths[method]]
-    return [(m if s is None else f"{m}-{s:g}", m, s) for m, s in pairs]
-
-
 def main(args: Args) -> None:
     start_time = time.perf_counter()
     check_args(args)
     device, bf16 = choose_device(args.device, args.precision)
-    images, labels, data_name = load_data(args.dataset, args.data_dir)
+    images, labels, dataset = load_data(args.dataset, args.data_dir)
     images, labels = images.to(device), labels.to(device)
 
     # The frozen parts: reward model, judge, autoencoder, and the base flow, the reference.
@@ -732,15 +694,12 @@ def main(args: Args) -> None:
     reference, autoencoder = models["flow"], models["autoencoder"]
     targets, reward = make_reward(args.reward, models["classifier"])
     reward(images[:8])  # a wrong plug-in is found before any training
-    info = load_pretrained(args.pretrained, models) if args.pretrained is not None else {}
-    if info.get("dataset", data_name) != data_name:
-        raise InputError(f"--pretrained {args.pretrained}: is of --dataset {info['dataset']}")
+    info = {} if args.pretrained is None else load_pretrained(args.pretrained, models, dataset)
     run_dir = create_run(args)
-    print(f"{run_dir}: {len(images)} {data_name} images, {device}, {'bf16' if bf16 else 'fp32'}")
+    print(f"{run_dir}: {len(images)} {dataset} images, {device}, {'bf16' if bf16 else 'fp32'}")
     if not info:
-        info = {"dataset": data_name} | pretrain(args, images, labels, models, generator)
-    path = run_dir / "pretrained.safetensors"
-    save_file(models.state_dict(), path, metadata={"info": json.dumps(info)})
+        info = {"dataset": dataset} | pretrain(args, images, labels, models, generator)
+    save_file(models.state_dict(), run_dir / "pretrained.safetensors", {"info": json.dumps(info)})
     models.requires_grad_(False)
 
     # What every evaluation shares, and the base model's own figures.
@@ -762,7 +721,7 @@ def main(args: Args) -> None:
     base_rewards = reward(autoencoder.decode(base_rollout))
     base_mean, base_std = base_rewards.mean().item(), base_rewards.std().item()
     info |= {"base_reward_mean": base_mean, "base_reward_std": base_std}
-    for beta0 in args.beta0:
+    for beta0 in args.beta0 if "adrpo" in args.methods else ():
         # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
         gain = (base_std**2 if args.adv_norm == "none" else base_std) / beta0
         print(
@@ -771,41 +730,36 @@ def main(args: Args) -> None:
     if args.adv_norm == "base" and base_std <= 1e-6 * base_rewards.abs().max():
         raise InputError("--reward: the base model's are all equal; --adv-norm none goes on anyway")
 
-    metrics_path = run_dir / "metrics.jsonl"
-    for name, method, strength in fine_tunings(args):
+    strengths = {"adrpo": args.beta0, "orw": args.alpha, "raft": (None,), "dpo": args.beta_dpo}
+    for method, strength in [(name, value) for name in args.methods for value in strengths[name]]:
+        name = method if strength is None else f"{method}-{strength:g}"
         network = copy.deepcopy(reference).requires_grad_(True)
         policy = copy.deepcopy(reference)  # average of `network`: draws the rollouts, is evaluated
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, **ADAM)
         writer = SummaryWriter(run_dir / name)
-        log(metrics_path, writer, name, 0, {f"eval/{tag}": value for tag, value in base.items()})
+        log(run_dir, writer, name, 0, {f"eval/{tag}": value for tag, value in base.items()})
         offline = method == "dpo" and not args.dpo_online
-        if offline:  # whole subgroups of the base model's rollout
-            base_groups = base_rollout.view(-1, args.subgroup_size, LATENT_SIZE)
-            groups = args.group_size // args.subgroup_size
         regularised = method in ("adrpo", "dpo") or (method == "orw" and strength > 0)
-        metrics = base
 
-        bar = tqdm(range(args.iterations), f"{name:9s}", mininterval=0.5)
+        bar = tqdm(range(1, args.iterations + 1), f"{name:9s}", mininterval=0.5)
         for iteration in bar:
             # ---- 1. rollout: x1 from the policy (eq. 6), and its reward
-            started = synchronized_time(device)
-            stream = STREAMS.get(name, STREAMS[method])
-            generator = seed_everything(args.seed, stream, iteration + 1)
-            if offline:
-                rows = torch.randint(len(base_groups), (groups,), generator=generator).to(device)
-                x1 = base_groups[rows].flatten(0, 1)
-                rolled_out = synchronized_time(device)
-                rewards = base_rewards.view(-1, args.subgroup_size)[rows].flatten()
+            started = time.perf_counter()
+            generator = seed_everything(args.seed, STREAMS.get(name, STREAMS[method]), iteration)
+            if offline:  # whole subgroups of the base model's rollout, which is eight long
+                subgroups = torch.arange(len(base_rollout)).view(-1, args.subgroup_size)
+                drawn = torch.randint(len(subgroups), (len(subgroups) // 8,), generator=generator)
+                rows = subgroups[drawn].flatten()
+                x1 = base_rollout[rows]
             else:
                 noise, _ = noise_and_time(args.group_size, generator, device)
                 x1 = sample(policy, noise, args.num_steps)  # [G,24]
-                rolled_out = synchronized_time(device)
-                rewards = reward(autoencoder.decode(x1))  # [G]
-            rewarded = synchronized_time(device)
+            rolled_out = time.perf_counter()
+            rewards = base_rewards[rows] if offline else reward(autoencoder.decode(x1))  # [G]
             record = {"reward/mean": rewards.mean().item(), "reward/std": rewards.std().item()}
+            rewarded = time.perf_counter()  # each part ends with a value read from the device
 
-            # ---- 2. what the method makes of the rewards (raft and dpo repeat their picks: every
-            #         method trains on the same number of points)
+            # ---- 2. advantages, weights or picks (repeated: every method has as many points)
             if method == "adrpo":
                 advantage = group_advantage(
                     rewards[None], strength, args.adv_clip_k, args.adv_norm, base_std
@@ -822,8 +776,8 @@ def main(args: Args) -> None:
                 x1, (won, lost) = x1[pairs], rewards[pairs].chunk(2)
 
             # ---- 3. updates on this rollout, each with fresh noise and times
-            warmup = min(1.0, (iteration + 1) / 5)
-            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * iteration / args.iterations)) / 2
+            warmup = min(1.0, iteration / 5)
+            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
             totals = defaultdict(float)
             for _ in range(args.updates_per_iteration):
@@ -841,10 +795,8 @@ def main(args: Args) -> None:
                 elif method == "raft":
                     loss = mean_square(v - u).mean()
                 else:
-                    v_w, v_l = v.chunk(2)
-                    v_w_ref, v_l_ref = v_ref.chunk(2)
-                    u_w, u_l = u.chunk(2)
-                    pair_loss = dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, strength)
+                    winners, losers = torch.stack([v, v_ref, u]).chunk(2, dim=1)
+                    pair_loss = dpo_fm_loss(*winners, *losers, strength)
                     loss = (pair_loss * (won > lost)).mean()  # equal rewards prefer nothing
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -859,29 +811,29 @@ def main(args: Args) -> None:
                     totals["losses/flow_matching"] += mean_square(v - u).mean()
                     if regularised:
                         totals["losses/divergence"] += mean_square(v - v_ref).mean()
-            updated = synchronized_time(device)
-
-            # ---- 4. log, evaluate
-            done = iteration + 1
             for tag, total in totals.items():
                 record[tag] = total.item() / args.updates_per_iteration
+            updated = time.perf_counter()
+
+            # ---- 4. log, evaluate
             record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             record["charts/seconds_rollout"] = rolled_out - started
             record["charts/seconds_reward"] = rewarded - rolled_out
             record["charts/seconds_update"] = updated - rewarded
             if device.type == "cuda":
                 record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            early = done < args.eval_every and done.bit_count() == 1  # 1, 2, 4, 8, ...
-            if early or done % args.eval_every == 0 or done == args.iterations:
+            early = iteration < args.eval_every and iteration.bit_count() == 1  # 1, 2, 4, 8, ...
+            if early or iteration % args.eval_every == 0 or iteration == args.iterations:
                 metrics, final_images = evaluate(policy, models, reward, eval_set, args.num_steps)
                 record |= {f"eval/{tag}": value for tag, value in metrics.items()}
                 picture = sheet(final_images, 8, 16)
-                imsave(run_dir / f"samples/{name}-{done:06d}.png", picture, cmap="gray")
-                writer.add_image("samples", picture, done, dataformats="HW")
-            log(metrics_path, writer, name, done, record)
+                file = f"samples/{name}-{iteration:06d}.png"
+                imsave(run_dir / file, picture, cmap="gray", vmin=0, vmax=255)
+                writer.add_image("samples", picture, iteration, dataformats="HW")
+            log(run_dir, writer, name, iteration, record)
             shown = metrics["reward"] if offline else record["reward/mean"]
             kept = metrics["diversity"] / base["diversity"]
-            bar.set_postfix_str(f"reward {shown:.3f}, diversity {kept:.0%}, w2 {metrics['w2']:.3f}")
+            bar.set_postfix(reward=shown, diversity=kept, w2=metrics["w2"])
 
         results[name] = metrics | {"relative_diversity": kept}
         save_samples(run_dir, name, final_images)
@@ -902,22 +854,22 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    words = [word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]]
-    flags = [word for word in words if word.startswith("--")]
+    flags = [word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"]
     if len(set(flags)) < len(flags):
         sys.exit("error: a flag is given twice; give all its values after one")
-    short = {"classifier_steps": 150, "autoencoder_steps": 300, "flow_steps": 600, "iterations": 30}
-    preset = Args(quick=True, dataset="digits", **short) if "--quick" in flags else Args()
+    short = {"classifier_steps": 150, "autoencoder_steps": 300, "flow_steps": 400, "iterations": 20}
+    short |= {"dataset": "digits", "group_size": 128, "eval_samples": 256}
+    preset = Args(quick=True, **short) if "--quick" in flags else Args()
     args = tyro.cli(Args, default=preset, description=__doc__.partition("\n")[0])
     try:
         main(args)
     except InputError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {' '.join(str(error).split())}")  # one line
     except (OSError, SafetensorError) as error:
-        if not any(what in str(error) for what in ("No space left", "Read-only", "os error 28")):
+        if "No space" not in str(error) and "Read-only" not in str(error):
             raise
         sys.exit(f"error: --output-dir {args.output_dir}: {error}; make room or name another")
     except SystemExit as error:
         raise RuntimeError(f"--reward {args.reward}: the plug-in ended the program") from error
     except KeyboardInterrupt:
-        sys.exit("interrupted; --pretrained RUN starts from its base models, once they are trained")
+        sys.exit("interrupted; --pretrained RUN takes its base models, once they are trained")
