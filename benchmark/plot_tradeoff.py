@@ -93,7 +93,8 @@ def draw(axis, means: list[dict], x: str, y: str, names: bool) -> None:
         look["markersize"] = 13 if method == "adrpo" else 6
         axis.errorbar(xs, ys, **errors, **look, label=LABELS[method])
         offset = (7, 4) if method in ("adrpo", "dpo") else (-22, -11)
-        for m in line if names and method != "raft" else []:
+        named = [line[0], line[-1]] if method == "dpo" else line  # its points lie close
+        for m in named if names and method != "raft" else []:
             place = {"textcoords": "offset points", "fontsize": 8, "color": colour}
             axis.annotate(f"{m['strength']:g}", (m[x], m[y]), offset, **place)
     axis.grid(alpha=0.25)
