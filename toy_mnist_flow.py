@@ -15,13 +15,14 @@ the digit is even. All five even digits are equally right: diversity lost is los
 
 Ours, where we depart from the paper or it is silent: A is divided by the spread of the base model's
 rewards, so that one beta0 suits every reward (--adv-norm none: eq. 6), and not clipped by default;
-the policy that draws x1 is a moving average of the trained weights (--ema-decay 0: the plain one).
+the policy that draws x1 is a moving average of the trained weights (--ema-decay 0: the plain one);
+the fixed weight's tau is 300, where its authors show 10 (see --tau).
 
     python toy_mnist_flow.py                                      # the demo, minutes on a CPU
     python toy_mnist_flow.py --quick                              # a minute: does it run here?
     python toy_mnist_flow.py --pretrained runs/NAME --methods adrpo --beta0 0.05 0.2
 
-Needs 1.5 GB of memory; takes a GPU where there is one. Equations, results: docs/toy_mnist_flow.md.
+Needs 2 GB of memory; takes a GPU where there is one. Equations, results: docs/toy_mnist_flow.md.
 """
 
 import copy
@@ -85,7 +86,8 @@ class Args:
     pretrained: str | None = None
     """earlier run, finished or not, whose base model, reward model, judge and autoencoder to use"""
     quick: bool = False
-    """a minute on one core: scikit-learn's digits, short training; flags given beside it win"""
+    """does it run? a minute on one core: scikit-learn's digits, too short to compare methods; flags
+    given beside it win"""
 
     # ------------------------------------------------------------------------ data, pre-training
     dataset: Literal["auto", "mnist", "digits"] = "auto"
@@ -128,9 +130,10 @@ class Args:
     """adrpo: baseline divergence weight. The mean reward rises by about 1/beta0 base spreads, or
     until it saturates: .1 for a reward that does (even), 1 for one that does not (ours)"""
     adv_clip_k: float | None = None
-    """adrpo: clip A to +-k beta0, in both terms; cuts the push of the few bad samples only"""
+    """adrpo: clip A to +-k beta0, in both terms; at the start k below 1/beta0 clips most samples"""
     adv_norm: Literal["base", "none", "group", "global"] = "base"
-    """adrpo: divide A by the spread of the base model's rewards, by nothing (eq. 6), the group's"""
+    """adrpo: divide A by the spread of the base model's rewards, by nothing (eq. 6), by the group's
+    (global: here the same)"""
     alpha: tuple[float, ...] = (0.0, 0.2, 1.0)
     """orw: fixed divergence weight; 0 collapses, above it is ORW-CFM-W2. The authors' alpha is ours
     times the mean of exp(tau R), which the weights are divided by here and which grows with R"""
@@ -213,12 +216,13 @@ def dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, beta_dpo: float) -> Tensor
 
 # ----------------------------------------------------------------------------------------- rollout
 def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    """A generator from `numbers`, and every global random state, which a plug-in may use, from
+    other words of the same seed sequence."""
+    own, others = map(int, np.random.SeedSequence(numbers).generate_state(2))
+    random.seed(others)
+    np.random.seed(others)
+    torch.manual_seed(others)
+    return torch.Generator().manual_seed(own)
 
 
 def noise_and_time(count: int, rng: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -283,7 +287,7 @@ def evaluate(velocity, models, reward, eval_set: EvalSet, num_steps: int) -> tup
     judge_logits, judge_features = models["judge"](images)
     share = F.one_hot(logits.argmax(1), 10).float().mean(0)  # [10], by the reward model's labels
     judge_share = F.one_hot(judge_logits.argmax(1), 10).float().mean(0)
-    # W2 (ORW-CFM-W2's bound): the velocities' distance at fixed points and times.
+    # W2, what ORW-CFM-W2's bound is made of: the velocities' distance at fixed points and times.
     t = (torch.arange(len(noise), device=noise.device) + 0.5) / len(noise)
     x_t, _ = flow_matching_point(eval_set.base_latents, noise, t)
     figures = {
@@ -373,6 +377,7 @@ def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[
         raise InputError(f"--reward {spec}: give even, digit:0 to digit:9 or FILE.py:function")
     module_spec = importlib.util.spec_from_file_location("reward_plugin", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.path.append(str(Path(path).parent))
     sys.modules["reward_plugin"] = module  # where dataclasses and pickle look it up
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
@@ -380,11 +385,15 @@ def make_reward(spec: str, classifier: nn.Module) -> tuple[list[int], Callable[[
         raise InputError(f"--reward {spec}: {path} has no function {name!r}")
 
     def plugin_reward(images: Tensor) -> Tensor:
-        values = function(images, ["a handwritten digit"] * len(images), [{} for _ in images])
-        rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
+        prompts = ["a handwritten digit"] * len(images)
+        values = function(images.clone(), prompts, [{} for _ in images])
+        try:
+            rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--reward {spec}: must return floats ({error})") from error
         if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
             bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
-            raise InputError(f"--reward {spec}: must give {len(images)} finite floats ({bad})")
+            raise InputError(f"--reward {spec}: must return {len(images)} finite floats ({bad})")
         return rewards
 
     return list(range(10)), plugin_reward
@@ -470,8 +479,8 @@ class Classifier(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Variational autoencoder, images [B,1,28,28] in [0,1] <-> latents [B,24]. Latents are shifted
-    and scaled to mean 0 and standard deviation 1, as SD3's pipeline does with its VAE's."""
+    """Variational autoencoder, images [B,1,28,28] in [0,1] <-> latents [B,24], shifted to mean 0
+    and scaled to about unit size, as SD3's pipeline does with its VAE's."""
 
     def __init__(self, bf16: bool, width: int = 512):
         super().__init__()
@@ -631,10 +640,11 @@ def create_run(args: Args) -> Path:
     versions = {"python": sys.version, "torch": torch.__version__}
     record |= {"git_commit": None if failed else commit, "versions": versions}
     try:
-        (folder / "samples").mkdir(parents=True)
-        (folder / "final").mkdir()
+        folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
+    for part in ("samples", "final"):
+        (folder / part).mkdir()
     (folder / "args.json").write_text(json.dumps(record, indent=2))
     return folder
 
@@ -651,13 +661,14 @@ def log(run_dir: Path, writer: SummaryWriter, name: str, step: int, record: dict
 # -------------------------------------------------------------------------------------------- main
 def check_args(args: Args) -> None:
     """Raise InputError for flags that cannot work."""
-    for name, given in vars(args).items():
+    for flag, given in vars(args).items():
         values = given if isinstance(given, tuple) else (given,)
         numbers = [value for value in values if type(value) in (int, float)]
-        lowest = 0 if name in ("seed", "alpha", "tau", "ema_decay") else 1e-30
-        distinct = len(set(values)) == len(values) > 0
-        if not (distinct and all(number >= lowest for number in numbers)):
-            flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
+        lowest = 0 if flag in ("seed", "alpha", "tau", "ema_decay") else 1e-30
+        names = {f"{value:g}" if type(value) is float else value for value in values}
+        distinct = len(names) == len(values) > 0
+        if not (distinct and all(lowest <= number < math.inf for number in numbers)):
+            flag = f"--{flag.replace('_', '-')} {' '.join(map(str, values))}"
             raise InputError(f"{flag}: must be positive; of several values, each once")
     if min(args.group_size, args.eval_samples) < 2:
         raise InputError("--group-size, --eval-samples: at least 2")
@@ -690,6 +701,7 @@ def main(args: Args) -> None:
 
     # The frozen parts: reward model, judge, autoencoder, and the base flow, the reference.
     generator = seed_everything(args.seed)
+    torch.manual_seed(generator.initial_seed())  # of the networks' first weights
     models = build_models(bf16, device)
     reference, autoencoder = models["flow"], models["autoencoder"]
     targets, reward = make_reward(args.reward, models["classifier"])
@@ -711,7 +723,6 @@ def main(args: Args) -> None:
     real_features = models["judge"](images[wanted][:10_000])[1]
     eval_set = EvalSet(eval_noise, base_latents, real_features, targets)
     base, final_images = evaluate(reference, models, reward, eval_set, args.num_steps)
-    results = {"base": base | {"relative_diversity": 1.0}}
     save_samples(run_dir, "base", final_images)
 
     # One rollout of the base model: the unit of adrpo's advantage, and the pairs of offline dpo.
@@ -720,16 +731,18 @@ def main(args: Args) -> None:
     base_rollout = sample(reference, noise, args.num_steps)  # [8G,24]
     base_rewards = reward(autoencoder.decode(base_rollout))
     base_mean, base_std = base_rewards.mean().item(), base_rewards.std().item()
-    info |= {"base_reward_mean": base_mean, "base_reward_std": base_std}
-    for beta0 in args.beta0 if "adrpo" in args.methods else ():
-        # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
-        gain = (base_std**2 if args.adv_norm == "none" else base_std) / beta0
-        print(
-            f"base reward {base_mean:.3f} +- {base_std:.3f}; beta0 {beta0:g} asks for {gain:+.3f}"
-        )
-    if args.adv_norm == "base" and base_std <= 1e-6 * base_rewards.abs().max():
-        raise InputError("--reward: the base model's are all equal; --adv-norm none goes on anyway")
+    info |= {"base_reward_mean": base_mean, "base_reward_std": base_std, "bf16": bf16}
+    scale = (args.adv_clip_k, args.adv_norm, base_std)
+    if "adrpo" in args.methods:
+        if args.adv_norm == "base" and base_std <= 1e-6 * base_rewards.abs().max():
+            raise InputError("--reward: the base model's are all equal; --adv-norm none goes on")
+        for beta0 in args.beta0:  # to first order the optimum is Cov(R, A) / beta0 above the base
+            advantage = group_advantage(base_rewards[None], beta0, *scale)[0]
+            gain = ((base_rewards - base_mean) * advantage).mean().item() / beta0
+            start = f"base reward {base_mean:.3f} +- {base_std:.3f}"
+            print(f"{start}; beta0 {beta0:g} asks for about {gain:+.3f}")
 
+    summary = {"base": base | {"relative_diversity": 1.0}, "methods": {}, "run": info}
     strengths = {"adrpo": args.beta0, "orw": args.alpha, "raft": (None,), "dpo": args.beta_dpo}
     for method, strength in [(name, value) for name in args.methods for value in strengths[name]]:
         name = method if strength is None else f"{method}-{strength:g}"
@@ -761,9 +774,7 @@ def main(args: Args) -> None:
 
             # ---- 2. advantages, weights or picks (repeated: every method has as many points)
             if method == "adrpo":
-                advantage = group_advantage(
-                    rewards[None], strength, args.adv_clip_k, args.adv_norm, base_std
-                )[0]  # [G]
+                advantage = group_advantage(rewards[None], strength, *scale)[0]  # [G]
                 record |= adrpo_statistics(advantage, strength)
             elif method == "orw":
                 weight = orw_weights(rewards[None], args.tau)[0]  # [G]
@@ -821,7 +832,7 @@ def main(args: Args) -> None:
             record["charts/seconds_reward"] = rewarded - rolled_out
             record["charts/seconds_update"] = updated - rewarded
             if device.type == "cuda":
-                record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             early = iteration < args.eval_every and iteration.bit_count() == 1  # 1, 2, 4, 8, ...
             if early or iteration % args.eval_every == 0 or iteration == args.iterations:
                 metrics, final_images = evaluate(policy, models, reward, eval_set, args.num_steps)
@@ -835,21 +846,21 @@ def main(args: Args) -> None:
             kept = metrics["diversity"] / base["diversity"]
             bar.set_postfix(reward=shown, diversity=kept, w2=metrics["w2"])
 
-        results[name] = metrics | {"relative_diversity": kept}
         save_samples(run_dir, name, final_images)
         save_file(policy.state_dict(), run_dir / f"final/{name}.safetensors")
         writer.close()
+        summary["methods"][name] = metrics | {"relative_diversity": kept}
+        info["seconds"] = time.perf_counter() - start_time
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
 
     # The whole run in two pictures and one table.
+    results = {"base": summary["base"], **summary["methods"]}
     plot_collapse(run_dir, results)
     plot_tradeoff(run_dir)
     columns = ("reward", "judge_reward", "relative_diversity", "classes", "frechet", "w2")
     print(" " * 10 + "".join(f"{column:>20s}" for column in columns))
     for name, result in results.items():
         print(f"{name:10s}" + "".join(f"{result[column]:20.3f}" for column in columns))
-    info |= {"bf16": bf16, "device": str(device), "seconds": time.perf_counter() - start_time}
-    summary = {"base": results.pop("base"), "methods": results, "run": info}
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
     print(f"{info['seconds']:.0f} s in all. Look at {run_dir}/collapse.png and tradeoff.png")
 
 
@@ -858,7 +869,8 @@ if __name__ == "__main__":
     if len(set(flags)) < len(flags):
         sys.exit("error: a flag is given twice; give all its values after one")
     short = {"classifier_steps": 150, "autoencoder_steps": 300, "flow_steps": 400, "iterations": 20}
-    short |= {"dataset": "digits", "group_size": 128, "eval_samples": 256}
+    short |= {"group_size": 128, "eval_samples": 256}
+    short["dataset"] = "auto" if "--data-dir" in flags else "digits"
     preset = Args(quick=True, **short) if "--quick" in flags else Args()
     args = tyro.cli(Args, default=preset, description=__doc__.partition("\n")[0])
     try:

@@ -381,6 +381,7 @@ def test_seed_everything():
         ]
 
     first = draws(1, 2, 3)
+    assert first[2] != first[3]  # a plug-in that draws does not draw the rollout's noise
     draws(9)
     assert draws(1, 2, 3) == first
     for other in ((1, 2, 4), (1, 3, 2), (2, 2, 3)):
@@ -897,18 +898,24 @@ def test_base_units_do_not_depend_on_the_reward_scale(short, plugin):
         torch.testing.assert_close(value, weights[1][key], rtol=0, atol=2e-4)
 
 
-def test_the_gain_that_beta0_asks_for_is_printed(short):
-    result = short("--methods", "adrpo", "--beta0", "0.5", "2", "--reward", "even")
+@pytest.mark.parametrize("flags", ["", "--adv-norm none", "--adv-clip-k 1.5"])
+def test_the_gain_that_beta0_asks_for_is_printed(short, flags):
+    """Cov(R, A) / beta0: one base spread over beta0, Var(R) / beta0 for eq. 6, less with a clip."""
+    result = short("--methods", "adrpo", "--beta0", "0.5", "2", *flags.split())
     assert result.code == 0, result.err
     run = json.loads((result.folder / "summary.json").read_text())["run"]
-    std = run["base_reward_std"]
-    assert f"{run['base_reward_mean']:.3f} +- {std:.3f}" in result.out
-    assert f"beta0 0.5 asks for {std / 0.5:+.3f}" in result.out
-    assert f"beta0 2 asks for {std / 2:+.3f}" in result.out
-    assert sorted(p.name for p in (result.folder / "final").iterdir()) == [
-        "adrpo-0.5.safetensors",
-        "adrpo-2.safetensors",
-    ]
+    mean, std = run["base_reward_mean"], run["base_reward_std"]
+    found = re.findall(r"base reward (.*) \+- (.*); beta0 (.*) asks for about (.*)", result.out)
+    assert [float(beta0) for *_, beta0, _ in found] == [0.5, 2]
+    for *base, beta0, gain in found:
+        assert [float(figure) for figure in base] == pytest.approx([mean, std], abs=1e-3)
+        full = (std**2 if "none" in flags else std) / float(beta0)
+        if "clip" in flags:  # |A| is at most k beta0, and the mean of |R - mean| at most its spread
+            assert 0 < float(gain) <= min(full, 1.5 * std)
+        else:
+            assert float(gain) == pytest.approx(full, rel=0.02, abs=6e-4)  # 127 of 128, 3 digits
+    names = sorted(path.name for path in (result.folder / "final").iterdir())
+    assert names == ["adrpo-0.5.safetensors", "adrpo-2.safetensors"]
 
 
 def test_a_constant_reward_does_not_move_the_weights(short, plugin):
@@ -1129,6 +1136,10 @@ def constant(images, prompts, metadata):
 def hundredfold(*given):
     return 100 * check(*given)
 
+def in_place(images, prompts, metadata):
+    images.mul_(0.5)
+    return 2 * images.mean((1, 2, 3))
+
 def leaves(images, prompts, metadata):
     raise SystemExit(0)
 
@@ -1161,7 +1172,9 @@ def plugin(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", ["as_tensor", "as_list", "as_array", "uses_a_dataclass"])
+@pytest.mark.parametrize(
+    "name", ["as_tensor", "as_list", "as_array", "uses_a_dataclass", "in_place"]
+)
 def test_plugin_reward(short, plugin, name):
     result = short("--methods", "adrpo", "--reward", f"{plugin}:{name}")
     assert result.code == 0, result.err
@@ -1215,6 +1228,14 @@ def test_the_state_after_the_last_step_is_checked(short, updates):
     assert "--learning-rate" in error
     assert not list((result.folder / "final").iterdir())
     assert not (result.folder / "summary.json").exists()
+
+
+def test_a_strength_that_diverges_leaves_the_finished_ones(short):
+    result = short("--methods", "adrpo", "orw", "--alpha", "1e38", "--max-grad-norm", "1e38")
+    assert result.code != 0
+    assert len(errors_in(result)) == 1
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert list(summary["methods"]) == ["adrpo-0.1"]
 
 
 def test_a_plugin_that_leaves_does_not_end_well(short, plugin):
@@ -1282,7 +1303,8 @@ def bad(trained, plugin, tmp_path_factory):
 # name: (flag that the message must name, command line that follows TINY)
 REFUSALS = {
     "repeated method": ("--methods", "--methods adrpo dpo adrpo"),
-    "repeated strength": ("--alpha", "--alpha 0.2 0.20"),
+    "repeated strength": ("--alpha", "--alpha 0.2 0.2000000001"),
+    "infinite strength": ("--alpha", "--alpha inf"),
     "flag given twice": ("given twice", "--methods adrpo --methods dpo"),
     "flag given twice in two spellings": ("given twice", "--learning-rate=3 --learning_rate 4"),
     "unknown reward": ("--reward", "--reward odd"),
@@ -1292,6 +1314,8 @@ REFUSALS = {
     "plug-in gives nan": ("--reward", "--reward {plugin}:gives_nan"),
     "plug-in gives too many": ("--reward", "--reward {plugin}:too_many"),
     "plug-in gives a column": ("--reward", "--reward {plugin}:column"),
+    "plug-in gives none": ("--reward", "--reward {plugin}:gives_none"),
+    "function missing": ("--reward", "--reward {plugin}:none"),
     "mnist cut": ("--data-dir", "--dataset mnist --data-dir {top}/cut"),
     "data folder below a file": ("--data-dir", "--dataset mnist --data-dir {top}/file/mnist"),
     "pretrained empty": ("--pretrained", "--pretrained="),
@@ -1305,6 +1329,7 @@ REFUSALS = {
     "output below a file": ("--output-dir", "--output-dir {top}/file/runs"),
     "output is a file": ("--output-dir", "--output-dir {top}/file"),
     "run name taken": ("--run-name", "--output-dir {runs} --run-name trained"),
+    "folder of something else": ("--run-name", "--output-dir {top}/taken --run-name r"),
     "group of one": ("--group-size", "--methods adrpo --group-size 1"),
     "group not a multiple": ("--group-size", "--methods raft --group-size 12 --subgroup-size 8"),
     "odd subgroup": ("--subgroup-size", "--group-size 9 --subgroup-size 3"),
