@@ -328,8 +328,9 @@ def plot_collapse(run_dir: Path, results: dict[str, dict]) -> None:
         axis.imshow(sheet(images, 8, 8), cmap="gray", vmin=0, vmax=255)
         reward, kept = results[name]["reward"], results[name]["relative_diversity"]
         axis.set(xlabel=f"reward {reward:.2f}   diversity {kept:.0%}", xticks=[], yticks=[])
-        title = name.replace("orw-", "fixed weight ").replace("adrpo-", "ADRPO, beta0 = ")
-        axis.set_title(title, color=COLOURS.get(name.split("-")[0], "black"))
+        titles = {"base": "base model", "orw": "fixed weight ", "adrpo": "ADRPO, beta0 = "}
+        method, _, strength = name.partition("-")
+        axis.set_title(titles[method] + strength, color=COLOURS.get(method, "black"))
     figure.savefig(run_dir / "collapse.png", dpi=110)
 
 
@@ -868,7 +869,7 @@ if __name__ == "__main__":
     flags = [word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"]
     if len(set(flags)) < len(flags):
         sys.exit("error: a flag is given twice; give all its values after one")
-    short = {"classifier_steps": 150, "autoencoder_steps": 300, "flow_steps": 400, "iterations": 20}
+    short = {"classifier_steps": 150, "autoencoder_steps": 300, "flow_steps": 300, "iterations": 15}
     short |= {"group_size": 128, "eval_samples": 256}
     short["dataset"] = "auto" if "--data-dir" in flags else "digits"
     preset = Args(quick=True, **short) if "--quick" in flags else Args()
