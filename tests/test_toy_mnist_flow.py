@@ -807,9 +807,9 @@ def test_json_is_strict(trained):
         raise AssertionError(constant)
 
     for path in (trained.folder / "summary.json", trained.folder / "args.json"):
-        json.loads(path.read_text(), parse_constant=refuse)
+        assert json.loads(path.read_text(), parse_constant=refuse)
     for line in (trained.folder / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=refuse)
+        assert json.loads(line, parse_constant=refuse)
 
 
 def test_tensorboard_and_metrics_have_the_same_figures(trained):
