@@ -115,7 +115,7 @@ def make_sd3(folder: Path, style: str = "sd3", layers: int = 2) -> Path:
     return folder
 
 
-FLOW_FAMILIES = ("flux", "chroma", "auraflow", "lumina2", "sana", "qwenimage")  # beside SD3
+FLOW_FAMILIES = ("flux", "chroma", "auraflow", "lumina2", "sana")  # beside SD3
 
 
 def make_flow(folder: Path, family: str) -> Path:
@@ -165,8 +165,6 @@ def make_flow(folder: Path, family: str) -> Path:
         pipe = AuraFlowPipeline(
             transformer=transformer, text_encoder=t5, tokenizer=t5_tokenizer, **shared
         )
-    elif family == "qwenimage":
-        raise NotImplementedError
     else:  # a small Gemma reads the prompts
         make_tokenizer(folder / "words", chat=False)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "words", padding_side="right")
