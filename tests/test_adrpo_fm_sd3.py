@@ -1160,11 +1160,10 @@ def test_bad_flags_get_one_line(models, base_flags, tmp_path, monkeypatch, flags
     assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
 
 
-def test_a_flag_given_twice_is_refused():
-    command = [sys.executable, str(SCRIPT), "--reward", "clip", "--reward", "mine.py:f"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: a flag is given twice")
+def test_a_flag_given_twice_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--reward", "clip", "--reward", "mine.py:f"])
+    with pytest.raises(SystemExit, match="error: a flag is given twice"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ["clip", "w2", "mean", "clip_diversity", "reward"])
@@ -1276,7 +1275,8 @@ def test_resume_refuses_other_flags_other_prompts_and_damage(base_flags, runs, t
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "another process is writing" in refused("--resume", run)
     metrics, good = (run / "metrics.jsonl").read_bytes(), (run / "checkpoint.pt").read_bytes()
-    for place in (len(good) // 3, len(good) // 2):  # one bit
+    weights = [value.numpy().tobytes() for value in sd3.load_checkpoint(run)["lora"]]
+    for place in (good.index(weights[0]) + 7, good.index(weights[-1]) + 50):  # one bit
         bad = bytearray(good)
         bad[place] ^= 1
         (run / "checkpoint.pt").write_bytes(bad)
@@ -1341,7 +1341,7 @@ def test_a_non_finite_loss_stops_before_the_step(models, base_flags, tmp_path):
 
 
 def test_the_state_after_the_last_step_is_checked(models, base_flags, tmp_path):
-    flags = ["--learning-rate", "3e38", "--iterations", "1", "--updates-per-iteration", "1"]
+    flags = ["--learning-rate", "1e30", "--iterations", "1", "--updates-per-iteration", "1"]
     flags += ["--output-dir", tmp_path, "--run-name", "r"]
     line = refused(*base_flags, "--model-id", models["sd3"], *flags)
     assert "not finite numbers" in line or "no finite numbers" in line
@@ -1361,7 +1361,6 @@ def test_help_teaches():
         "--beta0",
         "--adv-clip-k",
         "baseline divergence weight",
-        "benchmark/mini_world_sd3.py",
     ):
         assert words in out
 
@@ -1386,7 +1385,7 @@ def test_every_logged_tag_is_documented(runs, models, base_flags, tmp_path):
     documented = set(
         re.findall(r"`((?:reward|eval|losses|adrpo|charts)/[a-z0-9_]+)`", DOCS.read_text())
     )
-    assert written == documented
+    assert written | {"charts/peak_memory_gb"} == documented  # that one on a GPU only
 
 
 def test_every_flag_in_the_docs_exists():
@@ -1395,6 +1394,7 @@ def test_every_flag_in_the_docs_exists():
     others = {
         "--nproc-per-node",
         "--no-t5",
+        "--no-keep-adapters",
         "--data-dir",
         "--help",
     }
