@@ -76,10 +76,6 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 PROJECTIONS += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "reward", "w2"}
 TAKEN_TAGS |= {"clip_diversity", "clip_distance", "clip_diversity_ratio", "clip_distance_ratio"}
-LOADING_LINES = """import torch
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("{name}", revision={revision!r}, dtype={dtype})
-pipe.load_lora_weights("{folder}")"""
 DIVERGED = "lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
 
 
@@ -512,6 +508,17 @@ def rollout(flow: Flow, rewards: dict, prompts: list[str], rows: list[dict], noi
     return torch.cat(latents), torch.cat(values), seconds
 
 
+def describe_spread(base_mean: float, base_std: float, args: Args) -> str:
+    """The base model's rewards within a prompt, and what beta0 asks for. Raises InputError where
+    they cannot be a unit."""
+    if args.adv_norm == "base" and base_std <= 1e-6 * abs(base_mean):
+        raise InputError("--reward: the base model's are all equal; --adv-norm none goes on")
+    # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
+    gain = (base_std**2 if args.adv_norm == "none" else base_std) / args.beta0
+    spread = f"base reward {base_mean:.3f} +- {base_std:.3f} within a prompt"
+    return f"{spread}; beta0 {args.beta0:g} asks for {gain:+.3f}"
+
+
 # -------------------------------------------------------------------------------------- evaluation
 class EvalSet(NamedTuple):
     """What every evaluation of a run shares, drawn once."""
@@ -588,11 +595,17 @@ def evaluate(flow: Flow, judges: Judges, eval_set: EvalSet, accelerator, args: A
     return figures, whole["images"].cpu(), whole["latents"].cpu()
 
 
-def sheet(images: Tensor, images_per_prompt: int) -> Tensor:
-    """The first 16 prompts of images uint8 [N,3,H,W] on one sheet [3,H,W] in [0,1]: a row each, of
-    up to 8 images."""
-    rows = images.unflatten(0, (-1, images_per_prompt))[:16, :8]
-    return make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], padding=2)
+def save_samples(run_dir: Path, writer: SummaryWriter, step: int, images: Tensor, args) -> None:
+    """The first 16 prompts of images uint8 [N,3,H,W] on one sheet, a row each, of up to 8 images;
+    at the end every image as PPPP_II.png (prompt, image)."""
+    rows = images.unflatten(0, (-1, args.eval_images))[:16, :8]
+    sheet = make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], padding=2)
+    save_image(sheet, run_dir / f"samples/{step:06d}.png")
+    writer.add_image("samples", sheet, step)
+    (run_dir / "samples/final").mkdir(exist_ok=True)
+    for i, image in enumerate(images if step == args.iterations else ()):
+        name = f"{i // args.eval_images:04d}_{i % args.eval_images:02d}.png"
+        save_image(image.float() / 255, run_dir / "samples/final" / name)
 
 
 # ----------------------------------------------------------------------------------------- rewards
@@ -1009,12 +1022,43 @@ def load_checkpoint(run_dir: Path) -> dict:
         raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
 
 
+def save_checkpoint(run_dir: Path, iteration: int, metrics: dict, lora: list, optimizer) -> None:
+    """The trained weights, the optimiser and the position, with the length of metrics.jsonl."""
+    state = {"iteration": iteration, "metrics": metrics, "optimizer": optimizer.state_dict()}
+    state |= {"lora": [parameter.detach() for parameter in lora]}
+    state |= {"metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size}
+    write_safely(run_dir / "checkpoint.pt", state)
+
+
+def restore(run_dir: Path | None, checkpoint: dict, lora: list, optimizer) -> None:
+    """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
+    for parameter, value in zip(lora, checkpoint["lora"], strict=True):
+        parameter.data.copy_(value)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if run_dir is not None:
+        path = run_dir / "metrics.jsonl"
+        os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
+
+
 def save_lora(folder: Path, pipe: DiffusionPipeline) -> None:
     """The LoRA as any pipeline of this kind loads it. Without the metadata its alpha is lost."""
     weights = get_peft_model_state_dict(pipe.transformer)
     metadata = pipe.transformer.peft_config["default"].to_dict()
     layers = {"transformer_lora_layers": weights, "transformer_lora_adapter_metadata": metadata}
     pipe.save_lora_weights(folder, **layers)
+
+
+def finish(run_dir: Path, summary: dict, model: tuple[str, str | None, torch.dtype]) -> None:
+    """The whole run in one file and as a table, and how to load the result."""
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+    for name, value in summary["final"].items():
+        print(f"{name:22s}{summary['base'][name] or 0:10.4f} -> {value or 0:.4f}")
+    name, revision, dtype = model
+    print(f"Images in {run_dir}/samples. To use the result:")
+    print("import torch\nfrom diffusers import DiffusionPipeline")
+    options = f"revision={revision!r}, dtype={dtype}"
+    print(f'pipe = DiffusionPipeline.from_pretrained("{name}", {options})')
+    print(f'pipe.load_lora_weights("{run_dir / "final"}")')
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1042,6 +1086,13 @@ def check_args(args: Args, processes: int) -> None:
         raise InputError("torchrun: its processes would be unrelated runs here; add --cpu")
 
 
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where it is asked for, or where a GPU has units for it."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def main(args: Args) -> None:
     resumed = args.resume is not None
     if resumed:
@@ -1053,9 +1104,7 @@ def main(args: Args) -> None:
     if resumed and (run_dir / "summary.json").exists():
         accelerator.print(f"{run_dir} is finished: nothing is left to do")
         return
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = choose_dtype(args.precision, device)
 
     # What is small and may be refused comes before what is large.
     model_name, commit = find_model(args.model_id)
@@ -1098,9 +1147,9 @@ def main(args: Args) -> None:
         f"{flow.sign:+.0f}, velocity equal to {error:.0e}\n{len(train)} training prompts, "
         f"{len(heldout)} for evaluation; {note}\neach iteration {groups} prompts x {group} images, "
         f"{args.updates_per_iteration} updates, {args.timesteps_per_sample} points an image in each"
+        + "\nwarning: --group-size: the mean of so few images is a noisy baseline"
+        * (group < 4)
     )
-    if group < 4:
-        accelerator.print(f"warning: --group-size {group}: the mean of so few is a noisy baseline")
 
     # What every evaluation shares, and the base model's own figures: the LoRA is still zero.
     rng = seed_everything(args.seed, 0)
@@ -1117,43 +1166,28 @@ def main(args: Args) -> None:
     x_t, _ = flow_matching_point(base["latents"], torch.randn(noise.shape, generator=rng), s)
     eval_set = eval_set._replace(x_t=x_t, s=s, base=base["metrics"])
 
-    # One rollout of the base model: the unit of adrpo's advantage.
     if args.method == "adrpo" and args.adv_norm in ("base", "none"):
-        if base["reward_std"] is None:
+        if not resumed:  # one rollout of the base model: the unit of adrpo's advantage
             rng = seed_everything(args.seed, 0, 1)
-            noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
             prompts = [prompt for prompt in schedule[0] for _ in range(group)][mine]
             rows = [train[prompt] for prompt in prompts]
+            noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
             _, values, _ = rollout(flow, judges.trained, prompts, rows, noise, args)
             reward = (accelerator.gather(values) * judges.weights).sum(1).view(groups, group)
             base["reward_mean"] = reward.mean().item()
             base["reward_std"] = reward.var(dim=1).mean().sqrt().item()
-        base_mean, base_std = base["reward_mean"], base["reward_std"]
-        # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
-        gain = (base_std**2 if args.adv_norm == "none" else base_std) / args.beta0
-        accelerator.print(
-            f"base reward {base_mean:.3f} +- {base_std:.3f} within a prompt; beta0 {args.beta0:g} "
-            f"asks for {gain:+.3f}"
-        )
-        if args.adv_norm == "base" and base_std <= 1e-6 * abs(base_mean):
-            raise InputError("--reward: the base model's are all equal; --adv-norm none goes on")
+        accelerator.print(describe_spread(base["reward_mean"], base["reward_std"], args))
 
     first, metrics = 0, base["metrics"]
     if resumed:
         checkpoint = load_checkpoint(run_dir)
         first, metrics = checkpoint["iteration"], checkpoint["metrics"]
-        for parameter, value in zip(lora, checkpoint["lora"], strict=True):
-            parameter.data.copy_(value)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if is_main and resumed:  # drop what was logged after the checkpoint
-        size = (run_dir / "metrics.jsonl").stat().st_size
-        os.truncate(run_dir / "metrics.jsonl", min(size, checkpoint["metrics_bytes"]))
+        restore(run_dir if is_main else None, checkpoint, lora, optimizer)
     writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
     if is_main and not resumed:
         write_safely(run_dir / "base.pt", base)
         (run_dir / "samples/prompts.txt").write_text("\n".join([*heldout, ""]), "utf-8")
-        save_image(sheet(images, args.eval_images), run_dir / "samples/000000.png")
-        writer.add_image("samples", sheet(images, args.eval_images), 0)
+        save_samples(run_dir, writer, 0, images, args)
         log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
     offline = args.method == "dpo" and not args.dpo_online
@@ -1190,9 +1224,8 @@ def main(args: Args) -> None:
             weight = advantage[my_groups].flatten()
         elif args.method == "orw":
             weight = orw_weights(reward / (reward.std() + 1e-4), args.tau)[my_groups].flatten()
-        chosen = training_samples(args.method, reward[my_groups])  # [P,G], positions in x1
-        repeated = chosen[:, None].expand(-1, args.timesteps_per_sample, -1)
-        points = repeated.flatten()  # [n]: prompt, repeat, image
+        chosen = training_samples(args.method, reward[my_groups])[:, None]  # [P,1,G] of x1
+        points = chosen.expand(-1, args.timesteps_per_sample, -1).flatten()  # [n]
         my_points = slice(rank * len(points), (rank + 1) * len(points))
         point_prompts = [prompts[i] for i in points.tolist()]
         draws = 1 if args.share_noise else group // 2 if args.method == "dpo" else group
@@ -1264,44 +1297,20 @@ def main(args: Args) -> None:
             metrics, images, _ = evaluate(flow, judges, eval_set, accelerator, args)
             record |= {f"eval/{name}": value for name, value in metrics.items()}
             if is_main:
-                save_image(
-                    sheet(images, args.eval_images), run_dir / f"samples/{iteration:06d}.png"
-                )
-                writer.add_image("samples", sheet(images, args.eval_images), iteration)
-            for i, image in enumerate(images if is_main and last else ()):
-                file = f"samples/final/{i // args.eval_images:04d}_{i % args.eval_images:02d}.png"
-                (run_dir / file).parent.mkdir(exist_ok=True)
-                save_image(image.float() / 255, run_dir / file)
+                save_samples(run_dir, writer, iteration, images, args)
             if is_main and args.keep_adapters:
                 save_lora(run_dir / f"adapters/{iteration:06d}", pipe)
         if is_main:
             log(run_dir, writer, iteration, record)
-        shown = {"reward": record["reward/mean"], "diversity": metrics["clip_diversity"]}
-        bar.set_postfix(shown | {"w2": metrics["w2"]})
+        bar.set_postfix(reward=record["reward/mean"], w2=metrics["w2"])
         if is_main and (last or iteration % args.save_every == 0):
-            state = {
-                "iteration": iteration,
-                "metrics": metrics,
-                "optimizer": optimizer.state_dict(),
-            }
-            state |= {"lora": [parameter.detach() for parameter in lora]}
-            state["metrics_bytes"] = (run_dir / "metrics.jsonl").stat().st_size
-            write_safely(run_dir / "checkpoint.pt", state)
+            save_checkpoint(run_dir, iteration, metrics, lora, optimizer)
 
-    # What other tools load, and the whole run in one file.
     if is_main:
         writer.close()
         save_lora(run_dir / "final", pipe)
-        summary = {"base": base["metrics"], "final": metrics, "method": args.method}
-        summary["iterations"] = args.iterations
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
-        for name, value in metrics.items():
-            print(f"{name:22s}{base['metrics'][name] or 0:10.4f} -> {value or 0:.4f}")
-        print(
-            f"Images in {run_dir}/samples. To use the result:\n{LOADING_LINES}".format(
-                name=model_name, revision=commit, dtype=dtype, folder=run_dir / "final"
-            )
-        )
+        summary = {"base": base["metrics"], "final": metrics, "iterations": args.iterations}
+        finish(run_dir, summary | {"method": args.method}, (model_name, commit, dtype))
     del lock
 
 

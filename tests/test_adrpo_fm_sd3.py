@@ -1351,7 +1351,7 @@ def test_the_state_after_the_last_step_is_checked(models, base_flags, tmp_path):
 
 def test_a_small_group_is_warned_about(models, base_flags, tmp_path):
     flags = ["--group-size", "2", "--iterations", "1", "--output-dir", tmp_path]
-    assert "warning: --group-size 2" in finish(*base_flags, "--model-id", models["sd3"], *flags)
+    assert "warning: --group-size" in finish(*base_flags, "--model-id", models["sd3"], *flags)
 
 
 def test_help_teaches():
