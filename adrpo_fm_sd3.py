@@ -1,65 +1,55 @@
-"""ADRPO for text-to-image: fine-tune Stable Diffusion 3 on a reward, each sample with its own
-divergence weight.
+"""ADRPO for text-to-image: a flow-matching pipeline, a reward, adaptive divergence weights.
 
-Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 6: the
-divergence weight of a sample is `beta0 - A`, where A is its advantage over the other samples of its
-prompt. In the same file, measured alike: ORW-CFM-W2 (ICLR 2025, arXiv 2502.06061),
-RAFT (arXiv 2304.06767) and Diffusion-DPO in its flow-matching form (arXiv 2311.12908). Any Stable
-Diffusion 3 checkpoint of diffusers will do: SD3 medium, SD3.5 medium and large, or a small one.
+Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 6: every
+sample has its own divergence weight, `beta0 - A`, where A is its advantage over the other samples
+of its prompt. Beside it, measured alike: ORW-CFM-W2 (arXiv 2502.06061), RAFT (arXiv 2304.06767)
+and Diffusion-DPO for flow matching (arXiv 2311.12908).
 
-    x_t = (1 - s) x1 + s noise     x1 a sample of the previous policy; diffusers counts time s from
-                                   image to noise
+The stock pipeline of diffusers samples and decodes. The method needs its samples and velocities,
+nothing else: the script watches which question the pipeline asks its transformer, proves at the
+start of a run that it is flow matching, and asks the same question at the training points. So
+Stable Diffusion 3 is the default, and other flow-matching pipelines are tuned by the same lines.
+
+    x_t = (1 - s) x1 + s noise     x1 a sample of the policy; diffusers counts s from image to noise
     u   = noise - x1               the velocity of that path, and what the transformer predicts
     A   = R(x1, c) - mean of R over the group of the same prompt c
-    L   = A |v(x_t) - u|^2 + (beta0 - A) |v(x_t) - v_ref(x_t)|^2     mean over a sample's elements
+    L   = A |v(x_t) - u|^2 + (beta0 - A) |v(x_t) - v_ref(x_t)|^2      mean over a sample's elements
 
-One iteration: roll out --group-size images for each of --prompts-per-update prompts, score them,
-then --updates-per-iteration optimiser steps, each on all of them. The policy is a LoRA; with the
-LoRA switched off the same network is the reference, so there is one copy of the model. The previous
-policy is the weights at rollout time.
+The policy is a LoRA; with the LoRA switched off the same network is the reference.
 
-Where this departs from the paper, or the paper is silent:
-- A is divided by the batch's standard deviation (--adv-norm global) and clipped to +-k beta0, in
-  both terms: so beta0 and k mean the same for every reward. --adv-norm none --adv-clip-k None is
-  eq. 6 to the letter.
-- Rollouts and evaluation use guidance, the loss compares velocities without it.
-- DPO's pairs are drawn from the base model, afresh at each iteration, not from a stored set;
-  --dpo-online draws them from the policy. RAFT and DPO repeat their picks, so that every method
-  trains on the same number of points.
-- What the paper does not publish (learning rate, group, resolution, steps) follows flow_grpo's SD3
-  recipe.
+Ours, where we depart from the paper or it is silent: A is divided by the batch's standard deviation
+and clipped to +-k beta0 in both terms (--adv-norm none --adv-clip-k None: eq. 6); rollouts use
+guidance, the loss does not; DPO's pairs are drawn afresh from the base model at each iteration;
+what the paper does not publish (learning rate, group, resolution, steps) is flow_grpo's recipe.
 
     python adrpo_fm_sd3.py --prompts prompts.txt --reward clip
     python adrpo_fm_sd3.py --prompts prompts.txt --rollout-batch 8 --train-batch 2 \\
-        --gradient-checkpointing  # small
-    torchrun --nproc-per-node 8 adrpo_fm_sd3.py --prompts prompts.txt --reward pickscore clip \\
-        --reward-weights 1 0.2
-    python adrpo_fm_sd3.py --eval-only --lora runs/NAME/final --eval-prompts prompts.txt
+        --gradient-checkpointing
+    torchrun --nproc-per-node 8 adrpo_fm_sd3.py --prompts prompts.txt
 
 Without a GPU: benchmark/mini_world_sd3.py makes a small trained world on which the same script
 learns in minutes. Equations, metrics, results, time and memory: docs/adrpo_fm_sd3.md.
 """
 
-import contextlib
+import csv
 import dataclasses
-import errno
-import functools
 import gc
+import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
-import platform
 import random
-import socket
 import subprocess
 import sys
 import time
-import traceback
+import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TextIO
 
 import accelerate
 import diffusers
@@ -70,45 +60,32 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 SCRIPT = "adrpo_fm_sd3"
-# With CLIP diversity: the paper's Table 1.
-TABLE_METRICS = ("clip", "aesthetic", "blip", "imagereward", "pickscore")
-AESTHETIC_URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-AESTHETIC_NAME = "sac+logos+ava1-l14-linearMSE.pth"
-AESTHETIC_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-KEEP_CHECKPOINTS = 2
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+PROJECTIONS += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "reward", "w2"}
+TAKEN_TAGS |= {"clip_diversity", "clip_distance", "clip_diversity_ratio", "clip_distance_ratio"}
+DIVERGED = "lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. Its message is one line that names the flag and the
-    remedy."""
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, or its type where it has none."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    """What the user gave cannot work: one line that names the flag and the remedy."""
 
 
 @dataclasses.dataclass
 class Args:
-    # ----------------------------------------------------------------------------------- experiment
+    # ------------------------------------------------------------------------------- experiment
     output_dir: str = "runs"
     """folder that receives one sub-folder per run"""
     run_name: str | None = None
@@ -116,143 +93,89 @@ class Args:
     seed: int = 1
     """seed of everything: LoRA, prompts, rollouts, times and the evaluation's noise"""
     cpu: bool = False
-    """stay on the CPU; several processes there: torchrun --nproc-per-node N adrpo_fm_sd3.py
-    --cpu"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: frozen weights and matrix products in bfloat16; trained weights, latents, losses and
-    autoencoder stay float32. auto: bf16 on a GPU that has units for it, else fp32"""
+    """stay on the CPU; several processes there: torchrun --nproc-per-node N SCRIPT --cpu"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of transformer and text encoders, the rest is float32; auto: bf16 on a GPU that has it"""
     resume: str | None = None
-    """run folder to continue exactly from its newest checkpoint, or `latest`; the run's own flags
-    are used"""
-    eval_only: bool = False
-    """no training: draw --eval-images images for each of --eval-prompts with any text-to-image
-    pipeline of diffusers and write the row of the paper's Table 1 (JSON, Markdown, images)"""
+    """run folder to continue exactly from its last checkpoint, or `latest`, with its own flags"""
 
-    # ---------------------------------------------------------------------------------------- model
+    # ------------------------------------------------------------------------------------ model
     model_id: str = "stabilityai/stable-diffusion-3-medium-diffusers"
-    """Stable Diffusion 3 checkpoint in diffusers' layout, hub id or folder (gated on the hub:
-    accept the licence there, then `hf auth login`); with --eval-only any text-to-image pipeline"""
-    lora: str | None = None
-    """--eval-only: LoRA folder or file (a run's final/) to load into the pipeline"""
+    """flow-matching pipeline of diffusers: a folder, or NAME[@REVISION] of the hub (this: gated)"""
     lora_rank: int = 32
     """rank of the LoRA (flow_grpo)"""
     lora_alpha: int = 64
     """its update is scaled by alpha / rank (flow_grpo)"""
-    lora_targets: tuple[str, ...] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
-    """ends of the names of the linear layers that get a LoRA: by default all attention projections
-    (flow_grpo)"""
-    full_finetune: bool = False
-    """train all weights, in float32, beside a frozen copy as reference; needs a --learning-rate of
-    about 1e-5. In bf16 the copy is rounded, so the divergence starts at that rounding instead of at
-    0"""
+    lora_targets: tuple[str, ...] = ()
+    """ends of the linear layers' names; default: the attention's projections (flow_grpo)"""
     t5: bool = True
-    """--no-t5 leaves SD3's largest text encoder out (9.5 GB in bf16) at some loss of prompt
-    following"""
-    max_sequence_length: int = 256
-    """tokens of the T5 prompt, everywhere (diffusers' default). SD3 attends to the padding: sample
-    with the same"""
+    """--no-t5 leaves SD3's largest text encoder out (9.5 GB in bf16), for less prompt following"""
+    max_sequence_length: int | None = None
+    """tokens of a prompt; default: the pipeline's. SD3 attends to padding: sample with as many"""
     resolution: int = 512
     """height and width in pixels"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = False
-    """torch.compile the transformer's blocks: minutes of start-up first (what it gains was not
-    measured)"""
+    """torch.compile the transformer's blocks: minutes of start-up first"""
     vae_slicing: bool = False
     """decode images one by one: less memory"""
-    vae_tiling: bool = False
-    """decode images in tiles: less memory at high resolution, faint seams"""
 
-    # -------------------------------------------------------------------------------------- prompts
+    # ---------------------------------------------------------------------------------- prompts
     prompts: str = "shunk031/DrawBench@refs/convert/parquet"
-    """training prompts: .txt (one a line), .jsonl (one object a line, other keys go to the reward
-    as metadata), or a dataset of the hub, NAME or NAME@REVISION; default: DrawBench, as in the
-    paper"""
+    """.txt, .jsonl, .json, .csv, .parquet (other columns: the reward's metadata), or of the hub
+    NAME[:CONFIGURATION][@REVISION]; default: DrawBench, the paper's"""
     prompt_column: str | None = None
-    """column of the prompt in .jsonl or dataset; default: the first of prompt, prompts, text,
-    caption"""
+    """column of the prompt; default: the first of prompt, prompts, text, caption"""
     prompt_split: str | None = None
-    """split of a hub dataset; default: its first"""
+    """split of a hub data set; default: its first"""
     eval_prompts: str | None = None
-    """held-out prompts, given like --prompts; default: every tenth of --prompts, which is then not
-    trained on"""
+    """held-out prompts, given like --prompts; default: every tenth of those, not trained on"""
     eval_max_prompts: int = 32
     """the first so many of the held-out prompts are evaluated"""
 
-    # -------------------------------------------------------------------------- rewards and metrics
+    # --------------------------------------------------------------------- rewards and metrics
     reward: tuple[str, ...] = ("clip",)
-    """any of clip, pickscore, blip, aesthetic, imagereward, path.py:function with
-    function(images, prompts, metadata) -> one float per image; images are float [B,3,H,W] in [0,1],
-    metadata a list of dicts"""
+    """clip, or FILE.py:function, function(images [B,3,H,W] in [0,1], prompts, metadata) -> [B]"""
     reward_weights: tuple[float, ...] | None = None
-    """weight of each in the sum that is maximised; default: 1 each. Their scales differ (clip 30,
-    aesthetic 5.5, pickscore 21, imagereward 1, blip .5; spread within a prompt is what counts)"""
-    eval_metrics: tuple[str, ...] | None = None
-    """what evaluations measure beside the rewards, same names; default: nothing more (--eval-only:
-    the five of the paper's Table 1). A metric that is not trained on shows whether the reward was
-    earned or fooled"""
+    """weight of each in the sum that is maximised; default: 1 each"""
+    eval_metrics: tuple[str, ...] = ()
+    """measured beside the rewards, named alike: shows whether the reward was earned or fooled"""
     clip_model: str = "ViT-L-14"
-    """open_clip architecture of `clip` and CLIP diversity, or local-dir:FOLDER with open_clip's
-    config and weights"""
+    """open_clip architecture of `clip` and CLIP diversity, or local-dir:FOLDER"""
     clip_pretrained: str | None = "openai"
-    """its weights: a tag of open_clip or a file; unused with local-dir:"""
-    pickscore_model: str = "yuvalkirstain/PickScore_v1"
-    """hub id or folder of pickscore's CLIP"""
-    pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    """hub id or folder of its tokenizer and image processor"""
-    blip_model: str = "Salesforce/blip-itm-large-coco"
-    """hub id or folder of blip: cosine of the projected features. Not the checkpoint behind the
-    paper's BLIP column"""
-    imagereward_model: str = "RE-N-Y/ImageReward"
-    """hub id or folder for the package imscore (pip install imscore), only imported when
-    imagereward is asked for"""
-    aesthetic_weights: str | None = None
-    """LAION's sac+logos+ava1-l14-linearMSE.pth; default: downloaded to torch's cache and checked.
-    Needs ViT-L-14"""
+    """its weights: a tag of open_clip, or a file (OpenAI's: --clip-model ViT-L-14-quickgelu)"""
 
-    # -------------------------------------------------------------------------------------- rollout
+    # ---------------------------------------------------------------------------------- rollout
     prompts_per_update: int = 8
-    """prompts per iteration, over all processes; a multiple of their number. Few make the update
-    noisy"""
+    """prompts per iteration, over all processes; a multiple of their number. Few: noisy updates"""
     group_size: int = 16
     """images per prompt. Their mean reward is the baseline: below 4 it is noise"""
     num_steps: int = 10
-    """Euler steps of a rollout (flow_grpo)"""
+    """steps of a rollout (flow_grpo)"""
     guidance_scale: float = 4.5
-    """classifier-free guidance of rollouts and evaluation (flow_grpo); 1 = none, at half the
-    cost"""
+    """classifier-free, of rollouts and evaluation (flow_grpo); 1 = none, at half the cost. A
+    transformer that is told its guidance is told this one in training too"""
     rollout_batch: int = 16
-    """images rolled out, decoded and scored at once, per process; changes memory and speed, not the
-    result"""
+    """images sampled and scored at once, per process; changes memory and speed, not the result"""
 
-    # ---------------------------------------------------------------------------------- fine-tuning
+    # ------------------------------------------------------------------------------ fine-tuning
     method: Literal["adrpo", "orw", "raft", "dpo"] = "adrpo"
     """orw with --alpha 0 has no divergence term (collapses), else it is ORW-CFM-W2"""
     iterations: int = 300
     """rollouts, each with its updates"""
     updates_per_iteration: int = 2
-    """optimiser steps on one rollout, each on all its images with fresh times and noise (flow_grpo:
-    2)"""
+    """optimiser steps on one rollout, each on all its images with fresh times and noise"""
     timesteps_per_sample: int = 2
-    """points (s, noise) per image in each of these steps. More: less noise in the gradient, more
-    time"""
+    """points (s, noise) per image in each of these steps. More: less noise in the gradient"""
     timestep_distribution: Literal["uniform", "logit-normal"] = "uniform"
-    """of s: uniform as eq. 6, or sigmoid of a standard normal, as SD3 was trained"""
+    """of s: uniform as eq. 6, or sigmoid of a standard normal (median .5), as SD3 was trained"""
+    timestep_shift: float = 1.0
+    """s -> shift s / (1 + (shift - 1) s); 3 is SD3's sampler, the median then .75 (flow_grpo's)"""
     share_noise: bool = False
-    """one (s, noise) for all images of a prompt: their differences are then due to the images
-    alone"""
+    """one (s, noise) for all images of a prompt: their differences are then the images' alone"""
     train_batch: int = 4
-    """points per forward and backward pass, per process; changes memory and speed, not the
-    result"""
+    """points per forward and backward pass and process; changes memory and speed, not the result"""
     learning_rate: float = 3e-4
     """AdamW (flow_grpo's for LoRA); lower it if gradients or W2 run away"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -261,627 +184,80 @@ class Args:
     """AdamW (flow_grpo)"""
     max_grad_norm: float = 1.0
     """gradient norm clip (flow_grpo)"""
-    ema_decay: float = 0.0
-    """above 0: a moving average of the LoRA, of this decay per update, draws the rollouts, is
-    evaluated and saved"""
 
-    # ---------------------------------------------------------------------------------------- adrpo
+    # --------------------------------------------------------------------- adrpo and baselines
     beta0: float = 0.25
-    """baseline divergence weight (ours, for A in units of its standard deviation). |A|/beta0 is how
-    far the target velocity is extrapolated from the reference: the true strength of the method.
-    Smaller: more reward, more drift"""
+    """adrpo: baseline divergence weight (ours, for A in units of its spread); |A| / beta0: how far
+    targets are extrapolated from the reference. Smaller: more reward, more drift"""
     adv_clip_k: float | None = 4.0
-    """clip A to +-k beta0, in both terms; None = no clip. k bounds the extrapolation (ours: 4)"""
-    adv_norm: Literal["none", "group", "global"] = "global"
-    """divide A by no / the group's / the whole batch's standard deviation before clipping. none
-    (eq. 6) needs a beta0 that fits the reward's scale"""
-
-    # ------------------------------------------------------------------------------------ baselines
+    """adrpo: clip A to +-k beta0, in both terms; None = no clip. k bounds the extrapolation"""
+    adv_norm: Literal["base", "none", "group", "global"] = "global"
+    """adrpo: divide A by the spread of the base model's rewards, by nothing (eq. 6: beta0 must fit
+    the reward's scale), the group's spread or the whole batch's"""
     tau: float = 1.0
-    """orw: weight exp(tau R), of mean 1 in each group; R in units of the batch's standard deviation
-    (ours: the same for every reward)"""
+    """orw: weight exp(tau R), of mean 1 in each group; R in units of the batch's spread (ours)"""
     alpha: float = 1.0
-    """orw: fixed divergence weight"""
+    """orw: fixed divergence weight; the authors' is ours times the mean of exp(tau R)"""
     beta_dpo: float = 100.0
     """dpo: inverse temperature (flow_grpo's SD3 preset). Smaller: further from the base model"""
     dpo_online: bool = False
     """dpo: draw the pairs from the policy instead of the base model"""
 
-    # ---------------------------------------------------------------------- evaluation, checkpoints
+    # ---------------------------------------------------------------- evaluation, checkpoints
     eval_every: int = 20
     """iterations between evaluations on fixed noise"""
     eval_images: int = 4
     """images per held-out prompt; at least 2, for the diversity"""
     eval_steps: int = 28
-    """Euler steps in evaluation (SD3's default)"""
+    """steps in evaluation (SD3's default)"""
     save_every: int = 20
     """iterations between checkpoints"""
-
-
-# ------------------------------------------------------------------------------------------ rewards
-# Each reward is a function (images [B,3,H,W] in [0,1], prompts, metadata) -> B floats, made once
-# with its model.
-
-
-def resize(images: Tensor, size: int, mean: list[float], std: list[float]) -> Tensor:
-    """What CLIP's and BLIP's processors do, on tensors: shorter side to `size`, bicubic; centre
-    crop; normalise."""
-    images = TF.resize(images, [size], TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    return TF.normalize(TF.center_crop(images, [size, size]), list(mean), list(std))
-
-
-class Clip:
-    """An open_clip model: images [B,3,H,W] in [0,1] -> features [B,D], prompts -> unit features
-    [B,D]."""
-
-    def __init__(self, name: str, pretrained: str | None, device: torch.device):
-        pretrained = None if name.startswith("local-dir:") else pretrained
-        quick = bool(
-            pretrained and (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu")
-        )
-        # OpenAI's weights were trained with another GELU than the architecture of the same name
-        # has.
-        try:
-            model = open_clip.create_model(name, pretrained, device=device, force_quick_gelu=quick)
-            self.tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:
-            remedy = "see open_clip.list_pretrained(), or give local-dir:FOLDER"
-            raise InputError(
-                f"--clip-model {name} --clip-pretrained {pretrained}: {one_line(error)}; {remedy}"
-            ) from error
-        self.model, self.device = model.eval().requires_grad_(False), device
-        config = open_clip.get_model_preprocess_cfg(model)
-        size = config["size"][0] if isinstance(config["size"], (tuple, list)) else config["size"]
-        self.preprocess = functools.partial(
-            resize, size=size, mean=config["mean"], std=config["std"]
-        )
-
-    def image(self, images: Tensor) -> Tensor:
-        return self.model.encode_image(self.preprocess(images)).float()
-
-    def text(self, prompts: list[str]) -> Tensor:
-        unique = list(dict.fromkeys(prompts))  # a group repeats its prompt: encode it once
-        features = self.model.encode_text(
-            self.tokenizer(unique).to(self.device), normalize=True
-        ).float()
-        return features[[unique.index(prompt) for prompt in prompts]]
-
-
-def clip_reward(clip: Clip) -> Callable:
-    """CLIP score: 100 cos(image, prompt)."""
-    return lambda images, prompts, metadata: (
-        100 * (F.normalize(clip.image(images)) * clip.text(prompts)).sum(1)
-    )
-
-
-def pickscore_reward(model_id: str, processor_id: str, device: torch.device) -> Callable:
-    """PickScore (arXiv 2305.01569): temperature * cos, about 20 to 23."""
-    model = transformers.CLIPModel.from_pretrained(model_id).float().to(device).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(processor_id)
-    config = transformers.AutoImageProcessor.from_pretrained(processor_id)
-
-    def pickscore(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        pixels = resize(
-            images, model.config.vision_config.image_size, config.image_mean, config.image_std
-        )
-        tokens = tokenizer(
-            prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
-        ).to(device)
-        image = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output)
-        text = F.normalize(model.get_text_features(**tokens).pooler_output)
-        return model.logit_scale.exp() * (image * text).sum(1)
-
-    return pickscore
-
-
-def blip_reward(model_id: str, device: torch.device) -> Callable:
-    """BLIP (arXiv 2201.12086): cosine of the projected image and text features."""
-    model = (
-        transformers.BlipForImageTextRetrieval.from_pretrained(model_id).float().to(device).eval()
-    )
-    processor = transformers.AutoProcessor.from_pretrained(model_id)
-
-    def blip(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        size, config = model.config.vision_config.image_size, processor.image_processor
-        pixels = TF.normalize(
-            TF.resize(images, [size, size], TF.InterpolationMode.BICUBIC, antialias=True).clamp(
-                0, 1
-            ),
-            config.image_mean,
-            config.image_std,
-        )  # BLIP squeezes to a square, it does not crop
-        tokens = processor.tokenizer(
-            prompts, padding=True, truncation=True, max_length=35, return_tensors="pt"
-        )
-        similarity = model(
-            input_ids=tokens.input_ids.to(device),
-            attention_mask=tokens.attention_mask.to(device),
-            pixel_values=pixels,
-            use_itm_head=False,
-        )[0]  # [B images, B texts]
-        return similarity.diagonal()
-
-    return blip
-
-
-def aesthetic_reward(clip: Clip, path: str | None, device: torch.device) -> Callable:
-    """LAION's aesthetic predictor, 1 to 10: linear layers 768-1024-128-64-16-1 on unit CLIP
-    ViT-L/14 image features."""
-    if path is None:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / AESTHETIC_NAME
-        if not path.is_file():
-            socket.setdefaulttimeout(60)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            url = AESTHETIC_URL + AESTHETIC_NAME.replace("+", "%2B")
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=AESTHETIC_SHA256)
-    weights = torch.load(path, map_location=device, weights_only=True)
-    layers = [(weights[f"layers.{i}.weight"], weights[f"layers.{i}.bias"]) for i in (0, 2, 4, 6, 7)]
-    width = clip.image(torch.zeros(1, 3, 8, 8, device=device)).shape[1]
-    if width != layers[0][0].shape[1]:
-        raise InputError(
-            f"--clip-model: aesthetic needs ViT-L-14's 768 features, this model has {width}"
-        )
-
-    def aesthetic(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        x = F.normalize(clip.image(images))
-        for weight, bias in layers:
-            x = F.linear(x, weight, bias)
-        return x[:, 0]
-
-    return aesthetic
-
-
-def imagereward_reward(model_id: str, device: torch.device) -> Callable:
-    """ImageReward (arXiv 2304.05977), in imscore's port."""
-    try:
-        from imscore.imreward.model import ImageReward  # optional dependency
-    except ImportError as error:
-        raise InputError(
-            f"--reward imagereward: {error}; pip install imscore timm, or leave it out"
-        ) from error
-    tokenizer = transformers.BertTokenizer
-    # Gone in transformers 5; imscore 0.0.11 asks for it.
-    if not hasattr(tokenizer, "additional_special_tokens_ids"):
-        tokenizer.additional_special_tokens_ids = property(
-            lambda self: self.convert_tokens_to_ids(["[ENC]"])
-        )
-    model = ImageReward.from_pretrained(model_id).to(device).eval()
-    return lambda images, prompts, metadata: model.score(images, prompts).flatten()
-
-
-def plugin_reward(spec: str) -> Callable:
-    """The function of path.py:function."""
-    path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return getattr(module, name)
-
-
-def reward_name(spec: str) -> str:
-    """The tag of a reward: its name, or the plug-in's function."""
-    return spec.rpartition(":")[2]
-
-
-def build_rewards(
-    args: Args, clip: Clip, specs: list[str], device: torch.device
-) -> dict[str, Callable]:
-    """One function per reward or metric, by its tag. Raises InputError, naming the flag, for one
-    that cannot be had."""
-    builders = {
-        "clip": lambda: clip_reward(clip),
-        "pickscore": lambda: pickscore_reward(
-            args.pickscore_model, args.pickscore_processor, device
-        ),
-        "blip": lambda: blip_reward(args.blip_model, device),
-        "aesthetic": lambda: aesthetic_reward(clip, args.aesthetic_weights, device),
-        "imagereward": lambda: imagereward_reward(args.imagereward_model, device),
-    }
-    rewards, tags = {}, {}
-    for spec in specs:
-        flag = "--reward" if spec in args.reward and not args.eval_only else "--eval-metrics"
-        path = Path(spec.rpartition(":")[0])
-        if spec not in builders and not (path.suffix == ".py" and path.is_file()):
-            raise InputError(
-                f"{flag} {spec}: unknown; give {', '.join(builders)} or path.py:function"
-            )
-        if tags.setdefault(reward_name(spec), spec) != spec:
-            raise InputError(
-                f"{flag} {spec}: {tags[reward_name(spec)]} has the same name; rename the function"
-            )
-        try:
-            rewards[reward_name(spec)] = (
-                builders[spec]() if spec in builders else plugin_reward(spec)
-            )
-        except InputError:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            source = (
-                f"--{spec}-model" if spec in ("pickscore", "blip", "imagereward") else "its file"
-            )
-            raise InputError(
-                f"{flag} {spec}: cannot be loaded ({reason}); check {source}"
-            ) from error
-    return rewards
-
-
-@torch.no_grad()
-def score(
-    name: str, function: Callable, images: Tensor, prompts: list[str], metadata: list[dict]
-) -> Tensor:
-    """One reward of images [B,3,H,W] -> float32 [B] on their device.
-
-    Raises InputError when it fails, or returns another number of values or one that is not
-    finite."""
-    flag = "--reward or --eval-metrics"
-    try:
-        values = function(images, prompts, metadata)
-        rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = (
-            f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: "
-            f"{one_line(error)}"
-        )
-        raise InputError(f"{flag} {name}: raised {where}") from error
-    if rewards.shape != (len(images),):
-        raise InputError(
-            f"{flag} {name}: returned shape {list(rewards.shape)} for {len(images)} images"
-        )
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise InputError(
-            f"{flag} {name}: returned {rewards[bad[0]]} for the prompt {prompts[bad[0]]!r}"
-        )
-    return rewards
-
-
-# --------------------------------------------------------------------------------------------- data
-
-
-def load_rows(
-    flag: str, spec: str, column: str | None, split: str | None
-) -> tuple[list[str], list[dict]]:
-    """Unique prompts of a .txt, a .jsonl or a hub dataset, in their order, and each one's other
-    columns.
-
-    Raises InputError for a source that cannot be read, has no such column or no prompt."""
-    path = Path(spec)
-    try:
-        if path.suffix == ".txt":
-            rows = [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines()]
-            column = None
-        elif path.suffix in (".jsonl", ".json"):
-            rows = [
-                json.loads(line)
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-        else:
-            import datasets  # here, because it is slow to import and files do not need it
-
-            name, _, revision = spec.partition("@")
-            parts = datasets.load_dataset(name, revision=revision or None)
-            rows = list(parts[split or next(iter(parts))])
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("every line must be a JSON object")
-        found = list(dict.fromkeys(key for row in rows for key in row))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(
-            f"--{flag} {spec}: cannot be read ({reason}); give a .txt, .jsonl or hub dataset"
-        ) from error
-    column = column or next(
-        (c for c in ("prompt", "prompts", "text", "caption") if c in found), "prompt"
-    )
-    unique = {}
-    for row in rows:
-        text = row.get(column)
-        if isinstance(text, str) and text.strip():
-            unique.setdefault(
-                text.strip(), {key: value for key, value in row.items() if key != column}
-            )
-    if not unique:
-        where = (
-            f"no text in column {column} (columns: {', '.join(found)}); see --prompt-column"
-            if found
-            else "empty"
-        )
-        raise InputError(f"--{flag} {spec}: {where}")
-    return list(unique), list(unique.values())
-
-
-def load_prompts(args: Args) -> tuple[dict[str, dict], dict[str, dict], str]:
-    """Training and held-out prompts with their metadata, and a sentence on how they relate. Raises
-    InputError."""
-    train = dict(
-        zip(*load_rows("prompts", args.prompts, args.prompt_column, args.prompt_split), strict=True)
-    )
-    if args.eval_prompts:
-        source = load_rows("eval-prompts", args.eval_prompts, args.prompt_column, args.prompt_split)
-        heldout = dict(zip(*source, strict=True))
-        common = len(train.keys() & heldout.keys())
-        if common:
-            note = (
-                f"{common} of the {len(heldout)} evaluation prompts are training prompts: that is "
-                "not held-out"
-            )
-        else:
-            note = "none of the evaluation prompts is trained on"
-    else:
-        heldout = dict(list(train.items())[::10])
-        train = {prompt: row for prompt, row in train.items() if prompt not in heldout}
-        note = f"every tenth of --prompts ({len(heldout)}) is held out for evaluation"
-        if not train:
-            raise InputError(
-                f"--prompts {args.prompts}: one prompt cannot be split; give --eval-prompts"
-            )
-    return train, dict(list(heldout.items())[: args.eval_max_prompts]), note
-
-
-def draw_prompts(count: int, per_update: int, iteration: int, seed: int) -> list[int]:
-    """Rows of the `per_update` prompts of an iteration: one pass after the other over all `count`,
-    shuffled anew."""
-    rows = []
-    for position in range(iteration * per_update, (iteration + 1) * per_update):
-        shuffled = np.random.default_rng([seed, position // count]).permutation(count)
-        rows.append(int(shuffled[position % count]))
-    return rows
-
-
-# ------------------------------------------------------------------------------ model and reference
-
-
-def read_model_index(model_id: str) -> dict:
-    """model_index.json of a diffusers pipeline, hub id or folder. Raises InputError."""
-    try:
-        return DiffusionPipeline.load_config(model_id)
-    except Exception as error:
-        remedy = (
-            f"give a folder, or accept the licence at https://huggingface.co/{model_id} and "
-            "`hf auth login`"
-        )
-        if Path(model_id).is_dir():
-            remedy = "it has no readable model_index.json: give the folder of a diffusers pipeline"
-        raise InputError(
-            f"--model-id {model_id}: cannot be loaded ({one_line(error)}); {remedy}"
-        ) from error
-
-
-def load_pipeline(args: Args, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """The checkpoint's parts on the CPU, all frozen: transformer and text encoders in `dtype`
-    (transformer in float32 for full fine-tuning), autoencoder in float32. Raises InputError."""
-    kind = read_model_index(args.model_id)["_class_name"]
-    if kind != "StableDiffusion3Pipeline":
-        remedy = "fine-tuning needs a StableDiffusion3Pipeline; --eval-only takes any"
-        raise InputError(f"--model-id {args.model_id}: is a {kind}; {remedy}")
-    dtypes = {
-        "default": dtype,
-        "vae": torch.float32,
-        "transformer": torch.float32 if args.full_finetune else dtype,
-    }
-    without = {} if args.t5 else {"text_encoder_3": None, "tokenizer_3": None}
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(args.model_id, dtype=dtypes, **without)
-    except Exception as error:
-        raise InputError(
-            f"--model-id {args.model_id}: cannot be loaded ({one_line(error)})"
-        ) from error
-    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-        kind = type(pipe.scheduler).__name__
-        raise InputError(
-            f"--model-id {args.model_id}: has a {kind}, must be FlowMatchEulerDiscreteScheduler"
-        )
-    step = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-    limit = (
-        pipe.vae_scale_factor
-        * pipe.transformer.config.pos_embed_max_size
-        * pipe.transformer.config.patch_size
-    )
-    if args.resolution % step or not step <= args.resolution <= limit:
-        raise InputError(
-            f"--resolution {args.resolution}: must be a multiple of {step}, at most {limit}, here"
-        )
-    for part in (
-        pipe.transformer,
-        pipe.vae,
-        pipe.text_encoder,
-        pipe.text_encoder_2,
-        pipe.text_encoder_3,
-    ):
-        if part is not None:
-            part.requires_grad_(False).eval()
-    return pipe
-
-
-@torch.no_grad()
-def encode_prompts(
-    pipe: StableDiffusion3Pipeline,
-    prompts: list[str],
-    max_sequence_length: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Each prompt once: embeddings [N,L,D] and pooled [N,E], kept on the CPU. Frees the pipeline's
-    text encoders."""
-    encoders = [
-        part
-        for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-        if part is not None
-    ]
-    for encoder in encoders:
-        encoder.to(device)
-    embeds, pooled = [], []
-    for start in tqdm(
-        range(0, len(prompts), 16), "encode prompts", leave=False, disable=len(prompts) < 64
-    ):
-        part = prompts[start : start + 16]
-        encoded = pipe.encode_prompt(
-            part,
-            None,
-            None,
-            device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-        )
-        embeds.append(encoded[0].cpu())
-        pooled.append(encoded[2].cpu())
-    pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
-    del encoders, encoder
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cat(embeds), torch.cat(pooled)
-
-
-@contextlib.contextmanager
-def reference_policy(
-    transformer: SD3Transformer2DModel, frozen: nn.Module | None
-) -> Iterator[nn.Module]:
-    """The reference: the same network with its LoRA switched off, or the frozen copy when all
-    weights are trained."""
-    if frozen is not None:
-        yield frozen
-        return
-    transformer.disable_adapters()
-    try:
-        yield transformer
-    finally:
-        transformer.enable_adapters()
-
-
-def velocity(
-    transformer: nn.Module, x: Tensor, s: Tensor, condition: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Velocity from image to noise, float32 [B,C,h,w], at latents x [B,C,h,w] and times s [B] in
-    [0,1], without guidance; condition: embeddings [B,L,D] and pooled [B,E]."""
-    embeds, pooled = condition
-    return transformer(
-        hidden_states=x,
-        timestep=1000 * s,
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0].float()
-
-
-# ------------------------------------------------------------------------------------------ rollout
-
-
-def sampling_times(
-    scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, tokens: int
-) -> Tensor:
-    """The stock scheduler's times s from 1 to 0, [num_steps + 1]. `tokens`: image tokens, for
-    dynamic shifting."""
-    shift = {}
-    if scheduler.config.get("use_dynamic_shifting"):
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        shift["mu"] = calculate_shift(tokens, *[scheduler.config[name] for name in names])
-    scheduler.set_timesteps(num_steps, **shift)
-    return scheduler.sigmas
-
-
-@torch.no_grad()
-def sample(
-    transformer: nn.Module,
-    noise: Tensor,
-    times: Tensor,
-    condition: tuple[Tensor, Tensor],
-    empty: tuple[Tensor, Tensor],
-    guidance_scale: float,
-) -> Tensor:
-    """Integrate dx/ds = v(x, s) from noise [B,C,h,w] at s = 1 to latents at s = 0, as diffusers'
-    Euler scheduler does.
-
-    With guidance both branches run in one forward pass: condition of the prompt ([B,L,D], [B,E])
-    and of the empty prompt ([1,L,D], [1,E])."""
-    x, guided = noise, guidance_scale > 1
-    if guided:
-        condition = tuple(
-            torch.cat([e.expand_as(c), c]) for e, c in zip(empty, condition, strict=True)
-        )
-    for s, s_next in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        both = torch.cat([x, x]) if guided else x
-        v = velocity(transformer, both, both.new_full((len(both),), s), condition)
-        if guided:
-            v_empty, v_prompt = v.chunk(2)
-            v = v_empty + guidance_scale * (v_prompt - v_empty)
-        x = x + (s_next - s) * v
-    return x
-
-
-@torch.no_grad()
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Latents [B,C,h,w] -> images [B,3,H,W] in [0,1], all in float32."""
-    images = vae.decode(
-        latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False
-    )[0]
-    return (images.float() / 2 + 0.5).clamp(0, 1)
-
-
-def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (a plug-in may draw from one) and return a CPU generator, all
-    from `numbers`. Each iteration has a stream of its own, the same in every process, so a resumed
-    run needs no stored random state."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-def draw_points(
-    generator: torch.Generator,
-    shape: tuple[int, ...],
-    distribution: str,
-    groups: int,
-    repeats: int,
-    draws: int,
-    group: int,
-) -> tuple[Tensor, Tensor]:
-    """Times s [n] and noise [n, *shape] of one update's n = groups * repeats * group points, on the
-    CPU.
-
-    In a group of `group` images only `draws` (s, noise) are drawn, neighbours share them: 1 = all
-    share one, group / 2 = pairs, group = each its own. Order: prompt, repeat, image."""
-    count, share = groups * repeats * draws, group // draws
-    s = torch.rand(count, generator=generator)
-    if distribution == "logit-normal":
-        s = torch.randn(count, generator=generator).sigmoid()
-    noise = torch.randn(count, *shape, generator=generator)
-    return s.repeat_interleave(share), noise.repeat_interleave(share, dim=0)
-
-
-def flow_matching_point(x1: Tensor, noise: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t = (1 - s) x1 + s noise and its velocity u = noise - x1: x1, noise [B,C,h,w], s [B] -> two
-    [B,C,h,w]."""
-    return torch.lerp(x1, noise, s.view(-1, 1, 1, 1)), noise - x1
-
-
-# --------------------------------------------------------------------------------------------- loss
-
-
-def group_advantage(
-    rewards: Tensor,
-    beta0: float,
-    clip_k: float | None = None,
-    normalize: Literal["none", "group", "global"] = "none",
-) -> Tensor:
-    """Advantage of each sample over the others of its prompt (eq. 6: A = R - V, V the mean reward
-    of the prompt).
-
-    rewards [P,G] -> A [P,G], detached. `normalize` divides by the standard deviation of the group,
-    or of all rewards; `clip_k` then clips to +-clip_k * beta0. Clipped here, once: the loss uses
-    the same A in both of its terms."""
-    advantage = rewards - rewards.mean(dim=1, keepdim=True)  # [P,G]
-    if normalize == "group":
-        advantage = advantage / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    elif normalize == "global":
-        advantage = advantage / (rewards.std() + 1e-4)
+    keep_adapters: bool = True
+    """keep the LoRA of each evaluation in adapters/: the best is often an earlier one"""
+
+
+# -------------------------------------------------------------------------------------- the method
+def group_advantage(rewards, beta0, clip_k=None, normalize="none", base_std=None) -> Tensor:
+    """Advantage of each sample over its prompt's others (eq. 6: A = R - V, V the prompt's mean).
+
+    rewards [P,G] -> A [P,G], detached. `normalize` "group", "global" or "base" divides by the
+    standard deviation of the group, of all rewards, or of the base model's rewards, `base_std`;
+    `clip_k` then clips to +-clip_k * beta0, once: the loss has the same A in both of its terms."""
+    # Relative to the first reward, so that a group of equal rewards gives exactly 0.
+    relative = rewards - rewards[:, :1]  # [P,G]
+    spreads = {"none": 1.0, "base": base_std, "global": rewards.std() + 1e-4}
+    spreads["group"] = relative.std(dim=1, keepdim=True) + 1e-4  # [P,1]
+    advantage = (relative - relative.mean(dim=1, keepdim=True)) / spreads[normalize]
     if clip_k is not None:
         advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
     return advantage.detach()
+
+
+def adrpo_statistics(advantage: Tensor, beta0: float) -> dict[str, float]:
+    """The adrpo/* figures of a rollout; extrapolation: how far v_star lies from v_ref towards u."""
+    coefficient, extrapolation = beta0 - advantage, advantage.abs() / beta0
+    figures = {"coefficient_min": coefficient.min(), "coefficient_max": coefficient.max()}
+    figures |= {"coefficient_mean": coefficient.mean(), "extrapolation_mean": extrapolation.mean()}
+    figures["coefficient_fraction_negative"] = (coefficient < 0).float().mean()
+    figures["extrapolation_max"] = extrapolation.max()
+    return {f"adrpo/{tag}": value.item() for tag, value in figures.items()}
+
+
+def orw_weights(rewards: Tensor, tau: float) -> Tensor:
+    """ORW-CFM-W2's weights exp(tau R), here with mean 1 in each group: [P,G] -> [P,G], detached."""
+    return (torch.softmax(tau * rewards, dim=1) * rewards.shape[1]).detach()
+
+
+def training_samples(method: str, rewards: Tensor) -> Tensor:
+    """Which samples each method trains on: rewards [P,G] -> positions in the flattened batch [P,G].
+    adrpo, orw: all; raft: the group's best, repeated; dpo: best, worst, best, worst ... (G even)"""
+    offsets = torch.arange(len(rewards), device=rewards.device) * rewards.shape[1]
+    best, worst = rewards.argmax(1) + offsets, rewards.argmin(1) + offsets  # [P]
+    if method == "raft":
+        return best[:, None].expand_as(rewards)
+    if method == "dpo":
+        return torch.stack([best, worst], dim=1).repeat(1, rewards.shape[1] // 2)
+    return torch.arange(rewards.numel(), device=rewards.device).view_as(rewards)
 
 
 def mean_square(difference: Tensor) -> Tensor:
@@ -894,72 +270,273 @@ def adrpo_fm_loss(v: Tensor, v_ref: Tensor, u: Tensor, advantage: Tensor, beta0:
 
     v, v_ref, u [B,...], advantage [B] -> loss [B]. As a function of v its curvature is
     A + (beta0 - A) = beta0 whatever A is: it equals beta0 |v - v_star|^2 up to a constant, with
-    v_star = v_ref + (A / beta0)(u - v_ref), and so is bounded below for bad samples too (ours, see
-    the docs)."""
+    v_star = v_ref + (A / beta0)(u - v_ref), and is bounded below for bad samples too (ours)."""
     return advantage * mean_square(v - u) + (beta0 - advantage) * mean_square(v - v_ref)
 
 
-def orw_weights(rewards: Tensor, tau: float) -> Tensor:
-    """ORW-CFM-W2's weights exp(tau R), normalised to mean 1 over each group: rewards [P,G] ->
-    [P,G], detached."""
-    return (torch.softmax(tau * rewards, dim=1) * rewards.shape[1]).detach()
-
-
 def orw_fm_loss(v: Tensor, v_ref: Tensor, u: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """ORW-CFM-W2: w |v - u|^2 + alpha |v - v_ref|^2. v, v_ref, u [B,...], weight [B] -> loss
-    [B]."""
+    """ORW-CFM-W2: w |v - u|^2 + alpha |v - v_ref|^2. v, v_ref, u [B,...], weight [B] -> [B]."""
     return weight * mean_square(v - u) + alpha * mean_square(v - v_ref)
 
 
-def dpo_fm_loss(
-    v_w: Tensor,
-    v_w_ref: Tensor,
-    u_w: Tensor,
-    v_l: Tensor,
-    v_l_ref: Tensor,
-    u_l: Tensor,
-    beta_dpo: float,
-) -> Tensor:
+def dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, beta_dpo: float) -> Tensor:
     """Diffusion-DPO on the flow-matching errors e = mean |v - u|^2 of winners (w) and losers (l),
-    which share noise and t: -log sigmoid(-beta_dpo / 2 [(e_w - e_w_ref) - (e_l - e_l_ref)]). All
-    [B,...] -> loss [B]."""
+    which share noise and t: -log sigmoid(-beta_dpo / 2 [(e_w - e_w_ref) - (e_l - e_l_ref)]).
+    Six tensors [B,...] -> loss [B]."""
     winner = mean_square(v_w - u_w) - mean_square(v_w_ref - u_w)
     loser = mean_square(v_l - u_l) - mean_square(v_l_ref - u_l)
     return -F.logsigmoid(-beta_dpo / 2 * (winner - loser))
 
 
-def best_and_worst(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in the flattened batch of each group's best and worst sample: rewards [P,G] -> two
-    [P]."""
-    offsets = torch.arange(len(rewards), device=rewards.device) * rewards.shape[1]
-    return rewards.argmax(1) + offsets, rewards.argmin(1) + offsets
+# ----------------------------------------------------------------------------------------- rollout
+def seed_everything(*numbers: int) -> torch.Generator:
+    """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
-def training_samples(method: str, rewards: Tensor) -> Tensor:
-    """Which samples each method trains on: rewards [P,G] -> positions in the flattened batch [P,G].
-
-    adrpo, orw: all; raft: the group's best, repeated; dpo: best, worst, best, worst ... (G
-    even)."""
-    best, worst = best_and_worst(rewards)
-    if method == "raft":
-        return best[:, None].expand_as(rewards)
-    if method == "dpo":
-        return torch.stack([best, worst], dim=1).repeat(1, rewards.shape[1] // 2)
-    return torch.arange(rewards.numel(), device=rewards.device).view_as(rewards)
+def draw_prompts(
+    prompts: list[str], per_update: int, iterations: int, seed: int
+) -> list[list[str]]:
+    """The prompts of each iteration: one pass after the other over all, each shuffled anew."""
+    drawn = []
+    while len(drawn) < per_update * iterations:
+        order = np.random.default_rng([seed, len(drawn) // len(prompts)]).permutation(len(prompts))
+        drawn += [prompts[row] for row in order]
+    return [drawn[i * per_update : (i + 1) * per_update] for i in range(iterations)]
 
 
-# ----------------------------------------------------------------------------------------- evaluate
+def draw_points(rng: torch.Generator, shape: tuple, args: Args, draws: int) -> tuple:
+    """Times s [n] and noise [n,...] of an update's points, on the CPU, in the order prompt, repeat,
+    image. Of a group's G points `draws` are drawn, neighbours share: 1 = all, G / 2 = pairs."""
+    count = args.prompts_per_update * args.timesteps_per_sample * draws
+    s = torch.rand(count, generator=rng)
+    if args.timestep_distribution == "logit-normal":
+        s = torch.randn(count, generator=rng).sigmoid()
+    s = args.timestep_shift * s / (1 + (args.timestep_shift - 1) * s)
+    noise = torch.randn(count, *shape, generator=rng)
+    share = args.group_size // draws
+    return s.repeat_interleave(share), noise.repeat_interleave(share, dim=0)
+
+
+def flow_matching_point(x1: Tensor, noise: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = (1 - s) x1 + s noise and its velocity u = noise - x1: [B,...], [B,...], s [B]."""
+    return torch.lerp(x1, noise, s.view(-1, *[1] * (x1.dim() - 1))), noise - x1
+
+
+class PromptMemory:
+    """Stands for a pipeline's encode_prompt: encodes a text once, by itself, and then answers from
+    memory (on the CPU) for any number of images, so that the text encoders can be freed."""
+
+    def __init__(self, pipe: DiffusionPipeline, guided: bool):
+        self.pipe, self.guided, self.encode = pipe, guided, pipe.encode_prompt
+        self.signature = inspect.signature(pipe.encode_prompt)
+        self.known = {}  # text and arguments -> what encode_prompt returned
+        self.shapes = {}  # text -> the shapes of that
+        self.rows = []  # which of the results have a row a text
+        pipe.encode_prompt = self
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs) -> tuple[Tensor | None, ...]:
+        given = dict(self.signature.bind(*args, **kwargs).arguments)
+        prompts, device = given.pop("prompt"), given.pop("device", None) or self.pipe.device
+        if "do_classifier_free_guidance" in self.signature.parameters:
+            given["do_classifier_free_guidance"] = self.guided  # serves calls without it as well
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        texts = list(dict.fromkeys(prompts))
+        keys = [repr((text, sorted(given.items()))) for text in texts]
+        for text, key in zip(texts, keys, strict=True):
+            if key not in self.known:
+                self.known[key] = self.remember(text, device, given)
+        index = torch.tensor([texts.index(prompt) for prompt in prompts], device=device)
+        answer = []
+        for i, has_rows in enumerate(self.rows):
+            parts = [self.known[key][i] for key in keys]
+            if has_rows:  # repeated, not expanded: a view gives other sums in bfloat16
+                answer.append(torch.cat(parts).to(device)[index])
+            else:
+                answer.append(parts[0] if parts[0] is None else parts[0].to(device))
+        return tuple(answer)
+
+    def remember(self, text: str, device: torch.device, given: dict) -> list[Tensor | None]:
+        """encode_prompt's results for one text. Raises InputError where they are not tensors."""
+        results = self.encode(prompt=text, device=device, **given)
+        if not all(part is None or isinstance(part, Tensor) for part in results):
+            kind = type(self.pipe).__name__
+            raise InputError(f"--model-id: a {kind} cannot be tuned: it encodes prompts as lists")
+        if not self.rows:
+            twice = self.encode(prompt=[text, text], device=device, **given)
+            pairs = zip(results, twice, strict=True)
+            self.rows = [one is not None and len(two) == 2 * len(one) for one, two in pairs]
+        results = [part if part is None else part.cpu() for part in results]
+        self.shapes[text] = [part.shape for part in results if part is not None]
+        # What all prompts share, such as the empty prompt's embedding, is kept once.
+        for i, other in enumerate(next(iter(self.known.values()), [])):
+            if other is not None and results[i] is not None and torch.equal(results[i], other):
+                results[i] = other
+        return results
+
+
+class Flow(NamedTuple):
+    """A flow-matching pipeline: how it is called, and what `prove` found out about it."""
+
+    pipe: DiffusionPipeline  # its transformer is the policy, without the LoRA the reference
+    memory: PromptMemory
+    options: dict  # arguments of every call: size, text length
+    guidance_scale: float
+    shape: tuple[int, ...] = ()  # of one sample's latents
+    sign: float = 1.0  # of the transformer's answer against dx/ds
+    offset: float = 0.0  # the transformer's time is offset + slope * s
+    slope: float = 1.0
+    time_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of the points that the transformer is asked about
+    noise_dtype: torch.dtype = torch.float32  # of the latents between the steps
+
+
+def call(flow: Flow, prompts: list[str], guided: bool, num_steps: int, **more):
+    """The pipeline's own call for these prompts, with classifier-free guidance or without. A scale
+    that the transformer is told is no such guidance, and always given."""
+    names = inspect.signature(flow.pipe.__call__).parameters
+    told = getattr(flow.pipe.transformer.config, "guidance_embeds", False)
+    scale = flow.guidance_scale if guided or told else 1.0
+    options = flow.options | {"num_inference_steps": num_steps, "guidance_scale": scale}
+    if "true_cfg_scale" in names and not told:
+        options["true_cfg_scale"] = options.pop("guidance_scale")
+        options["negative_prompt"] = [""] * len(prompts) if scale > 1 else None
+    return flow.pipe(prompt=prompts, **options, **more)
+
+
+class AtTheDoor(Exception):
+    """Leaves a pipeline's call where it asks its transformer."""
+
+
+class Watch:
+    """A call of the pipeline seen from inside: what its transformer is asked and its scheduler is
+    handed. leave: the call ends at the transformer's door; ones: it answers with ones."""
+
+    def __init__(self, pipe: DiffusionPipeline, leave: bool = False, ones: bool = False):
+        self.pipe, self.leave, self.ones, self.asked, self.stepped = pipe, leave, ones, [], []
+
+    def __enter__(self) -> "Watch":
+        transformer, self.step = self.pipe.transformer, self.pipe.scheduler.step
+        before = transformer.register_forward_pre_hook(self.see_question, with_kwargs=True)
+        self.hooks = [before, transformer.register_forward_hook(self.see_answer)]
+        self.pipe.scheduler.step = self.see_step
+        return self
+
+    def __exit__(self, kind: type | None, *rest) -> bool:
+        for hook in self.hooks:
+            hook.remove()
+        del self.pipe.scheduler.step
+        return kind is AtTheDoor
+
+    def see_question(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        question = dict(inspect.signature(transformer.forward).bind(*args, **kwargs).arguments)
+        self.asked.append(question | question.pop("kwargs", {}))
+        if self.leave:
+            raise AtTheDoor
+
+    def see_answer(self, transformer: nn.Module, args: tuple, answer: tuple) -> tuple | None:
+        return (torch.ones_like(answer[0]),) if self.ones else None
+
+    def see_step(self, v: Tensor, timestep: Tensor, x: Tensor, *args, **kwargs):
+        sigma = float(self.pipe.scheduler.sigmas[self.pipe.scheduler.step_index or 0])
+        self.stepped.append((v.float(), sigma, x))
+        return self.step(v, timestep, x, *args, **kwargs)
+
+
+def ask(flow: Flow, prompts: list[str]) -> dict:
+    """The question that the pipeline asks its transformer about these prompts, without guidance:
+    forward's keyword arguments, a row a prompt where they have rows."""
+    with Watch(flow.pipe, leave=True) as seen:
+        call(flow, prompts, guided=False, num_steps=1, output_type="latent")
+    return seen.asked[0]
+
+
+def velocity(flow: Flow, question: dict, x: Tensor, s: Tensor) -> Tensor:
+    """Velocity from image to noise, float32 [B,...], at points x [B,...] and times s [B] in [0,1]:
+    the pipeline's question at another point."""
+    asked_time = (flow.offset + flow.slope * s).to(flow.time_dtype)
+    point = {"hidden_states": x.to(flow.dtype), "timestep": asked_time, "return_dict": False}
+    return flow.sign * flow.pipe.transformer(**question | point)[0].float()
+
+
+def batches(flow: Flow, prompts: list[str], size: int) -> Iterator[slice]:
+    """Cut a list of prompts into parts of at most `size` whose conditions have one shape."""
+    shapes = [flow.memory.shapes[prompt] for prompt in prompts]
+    start = 0
+    for stop in range(1, len(prompts) + 1):
+        if stop == len(prompts) or stop - start == size or shapes[stop] != shapes[start]:
+            yield slice(start, stop)
+            start = stop
+
+
+@torch.no_grad()
+def sample(flow: Flow, prompts: list[str], noise: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """The pipeline's own samples from noise [B,...]: latents x1 [B,...] and images [B,3,H,W] in
+    [0,1], float32. Raises InputError when they are not finite: the policy has diverged."""
+    kept = {}
+
+    def keep_latents(pipe: DiffusionPipeline, step: int, timestep: Tensor, state: dict) -> dict:
+        kept.update(state)
+        last = step == num_steps - 1  # the autoencoder decodes in its own precision
+        return {"latents": state["latents"].to(pipe.vae.dtype)} if last else {}
+
+    noise = noise.to(flow.pipe.device, flow.noise_dtype)
+    options = {"latents": noise, "callback_on_step_end": keep_latents, "output_type": "pt"}
+    images = call(flow, prompts, True, num_steps, **options).images.float()
+    latents = kept["latents"].float()
+    if not (latents.isfinite().all() and images.isfinite().all()):
+        raise InputError(f"the policy's samples are not finite numbers: {DIVERGED}")
+    return latents, images
+
+
+@torch.no_grad()
+def rollout(flow: Flow, rewards: dict, prompts: list[str], rows: list[dict], noise: Tensor, args):
+    """x1 [B,...] of prompts [B] from noise [B,...], its rewards [B,R], and the seconds of these."""
+    latents, values, seconds = [], [], 0.0
+    for part in batches(flow, prompts, args.rollout_batch):
+        x1, images = sample(flow, prompts[part], noise[part], args.num_steps)
+        started = time.perf_counter()  # each part ends with a value read from the device
+        scores = [score(n, f, images, prompts[part], rows[part]) for n, f in rewards.items()]
+        latents.append(x1)
+        values.append(torch.stack(scores, dim=1))
+        seconds += time.perf_counter() - started
+    return torch.cat(latents), torch.cat(values), seconds
+
+
+def describe_spread(base_mean: float, base_std: float, args: Args) -> str:
+    """The base model's rewards within a prompt, and what beta0 asks for. Raises InputError where
+    they cannot be a unit."""
+    if args.adv_norm == "base" and base_std <= 1e-6 * abs(base_mean):
+        raise InputError("--reward: the base model's are all equal; --adv-norm none goes on")
+    # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
+    gain = (base_std**2 if args.adv_norm == "none" else base_std) / args.beta0
+    spread = f"base reward {base_mean:.3f} +- {base_std:.3f} within a prompt"
+    return f"{spread}; beta0 {args.beta0:g} asks for {gain:+.3f}"
+
+
+# -------------------------------------------------------------------------------------- evaluation
+class EvalSet(NamedTuple):
+    """What every evaluation of a run shares, drawn once."""
+
+    prompts: list[str]  # [N], each held-out prompt --eval-images times
+    rows: list[dict]  # [N], their metadata
+    noise: Tensor  # [N,...]
+    x_t: Tensor  # [N,...], the points of W2, made of samples of the base model
+    s: Tensor  # [N]
+    base: dict[str, float]  # the base model's figures
 
 
 def pairwise_diversity(features: Tensor) -> Tensor:
-    """Mean over the pairs i != j of one prompt of 1 - cosine(f_i, f_j): features [P,G,D] -> [P]
-    (ours; the paper publishes no formula). The sum over all pairs of unit vectors is |sum_i f_i|^2:
-    no [G,G] matrix is needed."""
+    """Mean over the pairs i != j of one prompt of 1 - cosine(f_i, f_j): [P,G,D] -> [P] (ours; the
+    paper publishes no formula). The sum over all pairs of unit vectors is |sum_i f_i|^2."""
     unit = F.normalize(features.float(), dim=-1)
     count = unit.shape[1]
-    pair_sum = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(
-        dim=(1, 2)
-    )  # [P], over ordered pairs i != j
+    pair_sum = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))  # i != j
     return 1 - pair_sum / (count * (count - 1))
 
 
@@ -969,897 +546,795 @@ def pairwise_distance(features: Tensor) -> Tensor:
     return torch.stack([torch.pdist(group).mean() for group in features.float()])
 
 
-def summarise(
-    values: dict[str, Tensor], features: Tensor, images_per_prompt: int
-) -> dict[str, tuple[float, float]]:
-    """Mean and standard error over prompts of every metric. values: name -> [N], features [N,D],
-    prompt by prompt."""
-    per_prompt = {name: value.view(-1, images_per_prompt).mean(1) for name, value in values.items()}
-    groups = features.view(-1, images_per_prompt, features.shape[1])
-    per_prompt |= {
-        "clip_diversity": pairwise_diversity(groups),
-        "clip_distance": pairwise_distance(groups),
-    }
-    error = {
-        name: (v.std() / len(v) ** 0.5).item() if len(v) > 1 else math.nan
-        for name, v in per_prompt.items()
-    }
-    return {name: (value.mean().item(), error[name]) for name, value in per_prompt.items()}
+class Judges(NamedTuple):
+    """What scores the images of a run: functions (images, prompts, metadata) -> [B] by tag."""
 
-
-def my_share(count: int, rank: int, processes: int) -> list[int]:
-    """Positions 0..count-1 that this process works on; all processes get equally many, the last
-    ones some again, so that the gathered parts, cut to `count`, are in order."""
-    size = math.ceil(count / processes)
-    return [position % count for position in range(rank * size, (rank + 1) * size)]
+    trained: dict[str, Callable]
+    measured: dict[str, Callable]  # in evaluations, beside these
+    weights: Tensor  # [R], of the trained ones in their sum
+    clip: "Clip"
 
 
 @torch.no_grad()
-def evaluate(
-    draw: Callable[[list[int], Tensor, Tensor], tuple[Tensor, Tensor]],
-    gap: Callable[[Tensor, Tensor, list[int]], Tensor],
-    rewards: dict[str, Callable],
-    clip: Clip,
-    fixed: dict,
-    accelerator: accelerate.Accelerator,
-    batch: int,
-) -> tuple[dict[str, tuple[float, float]], Tensor, Tensor]:
-    """Every figure of a policy on fixed noise: (mean, standard error over prompts) by name; images
-    uint8 [N,3,H,W] and latents [N,C,h,w], prompt by prompt, on the CPU.
+def evaluate(flow: Flow, judges: Judges, eval_set: EvalSet, accelerator, args: Args):
+    """Every eval/* figure of the policy; its images uint8 [N,3,H,W] and latents [N,...], CPU."""
+    count = len(eval_set.prompts)
+    share = math.ceil(count / accelerator.num_processes)  # the last processes do some once more
+    mine = [(accelerator.process_index * share + i) % count for i in range(share)]
+    prompts, rows = [eval_set.prompts[i] for i in mine], [eval_set.rows[i] for i in mine]
+    noise, x_t, s = (part[mine] for part in (eval_set.noise, eval_set.x_t, eval_set.s))
+    functions = judges.trained | judges.measured
+    found = defaultdict(list)
+    for part in batches(flow, prompts, args.rollout_batch):
+        latents, images = sample(flow, prompts[part], noise[part], args.eval_steps)
+        for name, function in functions.items():
+            found[name].append(score(name, function, images, prompts[part], rows[part]))
+        # W2 (ORW-CFM-W2's bound): the velocities' distance at fixed points and times.
+        question = ask(flow, prompts[part])
+        point = x_t[part].to(images.device), s[part].to(images.device)
+        v = velocity(flow, question, *point)
+        flow.pipe.transformer.disable_adapters()
+        v_ref = velocity(flow, question, *point)
+        flow.pipe.transformer.enable_adapters()
+        found["w2"].append(mean_square(v - v_ref))
+        found["features of images"].append(judges.clip.image(images))
+        found["images"].append((images * 255).round().byte())
+        found["latents"].append(latents)
+    whole = {name: accelerator.gather(torch.cat(parts))[:count] for name, parts in found.items()}
+    features = whole["features of images"].unflatten(0, (-1, args.eval_images))  # [P,G,D]
+    figures = {name: whole[name].mean().item() for name in (*functions, "w2")}
+    trained = torch.stack([whole[name].mean() for name in judges.trained])  # [R]
+    figures["reward"] = (trained * judges.weights).sum().item()
+    figures["clip_diversity"] = pairwise_diversity(features).mean().item()
+    figures["clip_distance"] = pairwise_distance(features).mean().item()
+    for name in ("clip_diversity", "clip_distance"):
+        base = eval_set.base.get(name, figures[name])
+        figures[f"{name}_ratio"] = figures[name] / base if base else None  # equal base images
+    if not math.isfinite(figures["w2"]):
+        raise InputError(f"the policy's velocities are not finite numbers: {DIVERGED}")
+    return figures, whole["images"].cpu(), whole["latents"].cpu()
 
-    `draw` makes latents and images from rows, noise and times; `gap` is |v - v_ref|^2 [B] at x_t,
-    s, rows; `fixed` holds rows, prompts and metadata of the N images, their noise and times,
-    images_per_prompt, and, for W2, points x_t and s (made of samples of the base model: none for
-    the base model's own evaluation)."""
-    mine = my_share(len(fixed["rows"]), accelerator.process_index, accelerator.num_processes)
-    results = {name: [] for name in (*rewards, "features", "images", "latents", "w2")}
-    for start in tqdm(
-        range(0, len(mine), batch), "evaluate", leave=False, disable=not accelerator.is_main_process
-    ):
-        part = mine[start : start + batch]
-        rows, prompts, metadata = [
-            [fixed[key][i] for i in part] for key in ("rows", "prompts", "metadata")
-        ]
-        latents, images = draw(rows, fixed["noise"][part], fixed["times"])
-        for name, function in rewards.items():
-            results[name].append(score(name, function, images, prompts, metadata))
-        results["features"].append(clip.image(images))
-        results["images"].append((images * 255).round().byte())
-        results["latents"].append(latents)
-        if "x_t" in fixed:
-            results["w2"].append(gap(fixed["x_t"][part], fixed["s"][part], rows))
-        else:
-            results["w2"].append(torch.zeros(len(part), device=latents.device))
-    whole = {
-        name: accelerator.gather(torch.cat(parts))[: len(fixed["rows"])].cpu()
-        for name, parts in results.items()
-    }
-    values = {name: whole[name] for name in (*rewards, "w2")}
-    return (
-        summarise(values, whole["features"], fixed["images_per_prompt"]),
-        whole["images"],
-        whole["latents"],
+
+def save_samples(run_dir: Path, writer: SummaryWriter, step: int, images: Tensor, args) -> None:
+    """The first 16 prompts of images uint8 [N,3,H,W] on one sheet, a row each, of up to 8 images;
+    at the end every image as PPPP_II.png (prompt, image)."""
+    rows = images.unflatten(0, (-1, args.eval_images))[:16, :8]
+    sheet = make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], padding=2)
+    save_image(sheet, run_dir / f"samples/{step:06d}.png")
+    writer.add_image("samples", sheet, step)
+    (run_dir / "samples/final").mkdir(exist_ok=True)
+    for i, image in enumerate(images if step == args.iterations else ()):
+        name = f"{i // args.eval_images:04d}_{i % args.eval_images:02d}.png"
+        save_image(image.float() / 255, run_dir / "samples/final" / name)
+
+
+# ----------------------------------------------------------------------------------------- rewards
+class Clip:
+    """An open_clip model: images [B,3,H,W] in [0,1] -> features [B,D], prompts -> unit [B,D]."""
+
+    def __init__(self, name: str, pretrained: str | None, device: torch.device):
+        pretrained = None if name.startswith("local-dir:") else pretrained
+        # OpenAI's weights were trained with another GELU than the architecture of that name has.
+        known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+        options = {"force_quick_gelu": bool((known or {}).get("quick_gelu")), "device": device}
+        model = open_clip.create_model(name, pretrained, require_pretrained=True, **options)
+        self.model, self.device = model.eval().requires_grad_(False), device
+        self.tokenizer = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_preprocess_cfg(model)
+        self.size, self.mean, self.std = (config[key] for key in ("size", "mean", "std"))
+
+    def image(self, images: Tensor) -> Tensor:
+        """open_clip's own preprocessing, on tensors: shorter side to its size, bicubic; centre."""
+        side = self.size[-1] if isinstance(self.size, (tuple, list)) else self.size
+        images = TF.resize(images, [side], TF.InterpolationMode.BICUBIC, antialias=True)
+        images = TF.center_crop(images.clamp(0, 1), [side, side])
+        pixels = TF.normalize(images, list(self.mean), list(self.std))
+        return self.model.encode_image(pixels).float()
+
+    def text(self, prompts: list[str]) -> Tensor:
+        unique = list(dict.fromkeys(prompts))  # a group repeats its prompt: encode it once
+        tokens = self.tokenizer(unique).to(self.device)
+        features = self.model.encode_text(tokens, normalize=True).float()
+        return features[[unique.index(prompt) for prompt in prompts]]
+
+
+def clip_reward(clip: Clip) -> Callable:
+    """CLIP score: 100 cos(image, prompt)."""
+    return lambda images, prompts, metadata: (
+        100 * (F.normalize(clip.image(images)) * clip.text(prompts)).sum(1)
     )
 
 
-def coefficient_statistics(advantage: Tensor, beta0: float) -> dict[str, float]:
-    """The adrpo/* figures of one rollout; extrapolation is |A| / beta0: how far v_star lies from
-    v_ref towards u."""
-    coefficient, extrapolation = beta0 - advantage, advantage.abs() / beta0
-    return {
-        "adrpo/coefficient_mean": coefficient.mean().item(),
-        "adrpo/coefficient_min": coefficient.min().item(),
-        "adrpo/coefficient_max": coefficient.max().item(),
-        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
-        "adrpo/extrapolation_mean": extrapolation.mean().item(),
-        "adrpo/extrapolation_max": extrapolation.max().item(),
-    }
+def load_plugins(flag: str, specs: tuple[str, ...], taken: set[str]) -> dict[str, Callable | None]:
+    """The function of each FILE.py:function by its tag; `clip` waits (None) for its model. Raises
+    InputError for what is neither, and for a tag of `taken`, to which the tags are added."""
+    functions = {}
+    for spec in specs:
+        path, _, name = spec.rpartition(":")
+        if name in taken:
+            raise InputError(f"{flag} {spec}: the tag {name} is taken; rename the function")
+        if spec != "clip" and not (path.endswith(".py") and Path(path).is_file()):
+            raise InputError(f"{flag} {spec}: give clip or FILE.py:function")
+        taken.add(name)
+        functions[name] = None
+        if spec != "clip":
+            module_name = f"reward_plugin_{Path(path).stem}"
+            module_spec = importlib.util.spec_from_file_location(module_name, path)
+            module = importlib.util.module_from_spec(module_spec)
+            sys.modules[module_name] = module  # where dataclasses and pickle look it up
+            module_spec.loader.exec_module(module)
+            functions[name] = getattr(module, name)
+    return functions
 
 
-def log(path: Path, writer: SummaryWriter, step: int, record: dict[str, float]) -> None:
-    """Append one JSON line to metrics.jsonl, and the same figures to TensorBoard."""
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, **record}) + "\n")
-    for tag, value in record.items():
-        writer.add_scalar(tag, value, step)
+def build_judges(args: Args, train: dict[str, dict], device: torch.device) -> Judges:
+    """Rewards, metrics and CLIP, tried on two grey images: a wrong plug-in is found at once."""
+    taken = set(TAKEN_TAGS)
+    trained = load_plugins("--reward", args.reward, taken)
+    more = tuple(spec for spec in args.eval_metrics if spec not in args.reward)
+    measured = load_plugins("--eval-metrics", more, taken)
+    clip = Clip(args.clip_model, args.clip_pretrained, device)
+    for functions in (trained, measured):
+        functions |= {"clip": clip_reward(clip)} if "clip" in functions else {}
+    grey = torch.full((2, 3, args.resolution, args.resolution), 0.5, device=device)
+    prompt, row = next(iter(train.items()))
+    for name, function in (trained | measured).items():
+        score(name, function, grey, [prompt] * 2, [row] * 2)
+    weights = torch.tensor(args.reward_weights or [1.0] * len(trained), device=device)
+    return Judges(trained, measured, weights, clip)
 
 
-def synchronized_time(device: torch.device) -> float:
-    """Wall clock in seconds, after the device has finished what it was given."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-    return time.perf_counter()
+@torch.no_grad()
+def score(name: str, function: Callable, images: Tensor, prompts: list, rows: list) -> Tensor:
+    """One reward of images [B,3,H,W] -> float32 [B] on their device. Raises InputError when it
+    returns another number of values, or one that is not finite."""
+    values = function(images, prompts, rows)
+    rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
+    if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
+        bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
+        raise InputError(f"--reward {name}: must give {len(images)} finite floats ({bad})")
+    return rewards
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: of the GPU, else of this process (nan where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+# -------------------------------------------------------------------------------------------- data
+def read_rows(spec: str, split: str | None) -> tuple[list, str]:
+    """The rows of a file, or of NAME[:CONFIGURATION][@REVISION], and the source with its commit."""
+    path = Path(spec)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # comes with datasets
+
+        return pyarrow.parquet.read_table(path).to_pylist(), spec
+    if path.suffix in (".txt", ".jsonl", ".json", ".csv"):
+        text = path.read_bytes().decode("utf-8-sig")  # without the mark that some editors write
+        if path.suffix == ".csv":
+            return list(csv.DictReader(io.StringIO(text, newline=""))), spec
+        if path.suffix == ".json" and text.lstrip().startswith("["):
+            return json.loads(text), spec
+        lines = [line for line in text.split("\n") if line.strip()]
+        return lines if path.suffix == ".txt" else [json.loads(line) for line in lines], spec
+
+    import datasets  # here, because it is slow to import and files do not need it
+
+    name, _, revision = spec.partition("@")
+    name, _, configuration = name.partition(":")
+    parts = datasets.load_dataset(name, configuration or None, revision=revision or None)
+    rows = parts[split or next(iter(parts))]
+    if path.exists() or not rows.cache_files:
+        return list(rows), spec
+    # The folder of its cache that the library has read is named after the commit.
+    commit = Path(rows.cache_files[0]["filename"]).parent.name
+    return list(rows), f"{spec.partition('@')[0]}@{commit}"
+
+
+def load_rows(flag: str, spec: str, column: str | None, split: str | None):
+    """Unique prompts in their order, each one's other columns, which rows are not used, and the
+    source with its commit. Raises InputError where there is no prompt."""
     try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
-
-
-def picture(images: Tensor, images_per_prompt: int) -> Tensor:
-    """The first 16 prompts of images uint8 [N,3,H,W] as one sheet [3,H,W] in [0,1]: a row per
-    prompt, up to 8 each."""
-    rows = images.unflatten(0, (-1, images_per_prompt))[:16, :8]
-    return make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], padding=2)
-
-
-def save_images(folder: Path, images: Tensor, images_per_prompt: int) -> None:
-    """Every image uint8 [N,3,H,W] as PPPP_II.png: prompt, image."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_image(
-            image.float() / 255,
-            folder / f"{i // images_per_prompt:04d}_{i % images_per_prompt:02d}.png",
-        )
-
-
-# --------------------------------------------------------------------------------------- checkpoint
-
-
-def save_checkpoint(run_dir: Path, progress: dict, parts: dict) -> None:
-    """Write `progress` and the states of `parts` into checkpoints/: temporary name, then rename;
-    keeps the newest few. Raises InputError when the folder cannot be written; the earlier
-    checkpoints stay."""
-    path = run_dir / "checkpoints" / f"{progress['iteration']:06d}.pt"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        torch.save(progress | parts, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"--output-dir: {path} cannot be written ({error}); make room, then --resume"
-        ) from error
-    for old in sorted(path.parent.glob("*.pt"))[:-KEEP_CHECKPOINTS]:
-        old.unlink()
-
-
-def load_checkpoint(run_dir: Path) -> dict:
-    """The newest checkpoint of a run, {} when it has none yet. Raises InputError for a file that
-    cannot be read."""
-    files = sorted((run_dir / "checkpoints").glob("*.pt"))
-    try:
-        return torch.load(files[-1], map_location="cpu", weights_only=True) if files else {}
+        rows, source = read_rows(spec, split)
+        rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
     except Exception as error:
-        remedy = "delete it to use the one before"
-        raise InputError(
-            f"--resume: {files[-1]} cannot be read ({one_line(error)}); {remedy}"
-        ) from error
-
-
-def training_state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
-) -> dict:
-    """What a checkpoint needs of the training, complete on the CPU, whether the weights are whole
-    (one process, DDP) or sharded (FSDP). Called by every process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    model, optimizer_state = get_state_dict(network, optimizer, options=options)
-    return {"model": model, "optimizer": optimizer_state, "ema": ema.state_dict() if ema else None}
-
-
-def restore_training_state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, checkpoint: dict
-) -> None:
-    """The opposite of training_state."""
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    states = {"model_state_dict": checkpoint["model"], "optim_state_dict": checkpoint["optimizer"]}
-    set_state_dict(network, optimizer, **states, options=options)
-    if ema:
-        ema.load_state_dict(checkpoint["ema"])
-
-
-def save_final(
-    folder: Path, transformer: SD3Transformer2DModel, weights: dict, model_id: str
-) -> str:
-    """Export what diffusers loads, and return the lines that load it. weights: state dict of the
-    trained parameters."""
-    lines = f'pipe = StableDiffusion3Pipeline.from_pretrained("{model_id}")'
-    if not getattr(transformer, "peft_config", None):
-        whole = SD3Transformer2DModel.from_config(transformer.config)
-        # A fresh copy, because FSDP's own is in pieces.
-        whole.load_state_dict(weights, strict=False)
-        whole.save_pretrained(folder / "transformer")
-        load = f'SD3Transformer2DModel.from_pretrained("{folder / "transformer"}")'
-        names = "SD3Transformer2DModel, StableDiffusion3Pipeline"
-        return f"from diffusers import {names}\n{lines}\npipe.transformer = {load}"
-    StableDiffusion3Pipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, weights),
-        # Without it alpha is lost.
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        kinds = "a .txt, .jsonl, .json, .csv or .parquet file, or NAME[:CONFIGURATION][@REVISION]"
+        raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
+    found = list(dict.fromkeys(key for row in rows for key in row))
+    known = [name for name in ("prompt", "prompts", "text", "caption") if name in found]
+    column = column or next(iter(known), "prompt")
+    unique, repeated = {}, 0
+    usable = [row for row in rows if isinstance(row.get(column), str) and row[column].strip()]
+    for row in usable:
+        others = {key: value for key, value in row.items() if key != column}
+        repeated += row[column].strip() in unique
+        unique.setdefault(row[column].strip(), others)
+    if not unique:
+        columns = f"no text in column {column} (columns: {', '.join(map(str, found))})"
+        raise InputError(f"--{flag} {spec}: {columns}; see --prompt-column")
+    empty = len(rows) - len(usable)
+    unused = (
+        f"--{flag}: of {len(rows)} rows {empty} without a prompt, {repeated} repeated: not used"
     )
-    return (
-        f"from diffusers import StableDiffusion3Pipeline\n{lines}\n"
-        f'pipe.load_lora_weights("{folder}")'
-    )
+    return list(unique), list(unique.values()), unused if empty + repeated else "", source
 
 
-# --------------------------------------------------------------------------------------------- main
+def load_prompts(args: Args) -> tuple[dict[str, dict], dict[str, dict], str, dict[str, str]]:
+    """Training and held-out prompts with their metadata, a note on them, and their sources."""
+    options = args.prompt_column, args.prompt_split
+    prompts, rows, unused, source = load_rows("prompts", args.prompts, *options)
+    train, sources, notes = dict(zip(prompts, rows, strict=True)), {"prompts": source}, [unused]
+    if args.eval_prompts:
+        prompts, rows, unused, source = load_rows("eval-prompts", args.eval_prompts, *options)
+        heldout, sources["eval_prompts"] = dict(zip(prompts, rows, strict=True)), source
+        common = len(train.keys() & heldout.keys())
+        note = f"{common} of the {len(heldout)} evaluation prompts are trained on"
+        notes += [note + ": that is not held-out" if common else note, unused]
+    else:
+        heldout = dict(list(train.items())[::10])
+        train = {prompt: row for prompt, row in train.items() if prompt not in heldout}
+        notes.append(f"every tenth of --prompts ({len(heldout)}) is held out for evaluation")
+        if not train:
+            remedy = "one prompt cannot be split; give --eval-prompts"
+            raise InputError(f"--prompts {args.prompts}: {remedy}")
+    heldout = dict(list(heldout.items())[: args.eval_max_prompts])
+    return train, heldout, "; ".join(filter(None, notes)), sources
 
 
-def check_args(args: Args, processes: int) -> None:
-    """Raise InputError for a flag that cannot work."""
-    positive = (
-        "lora_rank lora_alpha max_sequence_length resolution eval_max_prompts num_steps "
-        "rollout_batch"
-    )
-    positive += (
-        " train_batch prompts_per_update iterations updates_per_iteration timesteps_per_sample"
-    )
-    positive += " learning_rate max_grad_norm beta0 tau beta_dpo eval_every eval_steps save_every"
-    rules = [(name, "above 0", getattr(args, name) > 0) for name in positive.split()]
-    rules.append(("group_size", "at least 2: the others are the baseline", args.group_size >= 2))
-    rules.append(("eval_images", "at least 2, for the diversity", args.eval_images >= 2))
-    rules.append(("alpha", "0 or more", args.alpha >= 0))
-    rules.append(("weight_decay", "0 or more", args.weight_decay >= 0))
-    rules.append(("seed", "0 or more", args.seed >= 0))
-    rules.append(("guidance_scale", "1 (no guidance) or more", args.guidance_scale >= 1))
-    rules.append(("ema_decay", "at least 0 and below 1", 0 <= args.ema_decay < 1))
-    rules.append(("adv_clip_k", "above 0", args.adv_clip_k is None or args.adv_clip_k > 0))
-    rules.append(
-        (
-            "reward",
-            "one or more, each once",
-            0 < len(args.reward) == len(set(map(reward_name, args.reward))),
-        )
-    )
-    if not args.eval_only:
-        divides = args.prompts_per_update % processes == 0
-        rules.append(("prompts_per_update", f"a multiple of the {processes} processes", divides))
-        rules.append(("lora", "left out: it goes with --eval-only", args.lora is None))
-    if args.method == "dpo":
-        rules.append(("group_size", "even for dpo", args.group_size % 2 == 0))
-        rules.append(
-            ("train_batch", "even for dpo: a pair stays together", args.train_batch % 2 == 0)
-        )
-    if args.full_finetune:
-        rules.append(("ema_decay", "0 with --full-finetune", args.ema_decay == 0))
-    if args.reward_weights is not None:
-        count = len(args.reward)
-        rules.append(
-            ("reward_weights", f"{count}, one for each --reward", len(args.reward_weights) == count)
-        )
-        rules.append(("reward_weights", "finite", all(map(math.isfinite, args.reward_weights))))
-    for name, rule, holds in rules:
-        if not holds:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
-
-
-def find_run(args: Args) -> tuple[Args, Path]:
-    """The flags and the folder of the run that --resume names. Raises InputError."""
-    folder = Path(args.resume)
-    if args.resume == "latest":
-        runs = [
-            f
-            for f in Path(args.output_dir).glob("*/args.json")
-            if f'"script": "{SCRIPT}"' in f.read_text()
-        ]
-        runs = [file for file in runs if '"eval_only": true' not in file.read_text()]
-        if not runs:
-            raise InputError(
-                f"--resume latest: no run of this script in --output-dir {args.output_dir}"
-            )
-        folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
-    if not (folder / "args.json").is_file():
-        raise InputError(
-            f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)"
-        )
+# --------------------------------------------------------------------------- models and reference
+def find_model(spec: str) -> tuple[str, str | None]:
+    """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
+    found before gigabytes are fetched. A folder has no commit. Raises InputError."""
+    name, _, revision = spec.partition("@")
+    if (Path(spec) / "model_index.json").is_file():
+        return spec, None
     try:
-        record = json.loads((folder / "args.json").read_text())
-        if record["script"] != SCRIPT:
-            raise InputError(
-                f"--resume {args.resume}: is a run of {record['script']}, not of {SCRIPT}"
-            )
-        stored = Args(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(
-            f"--resume {args.resume}: its args.json is not this version's ({reason}); start anew"
-        ) from error
-    if stored.eval_only:
-        raise InputError(
-            f"--resume {args.resume}: is an --eval-only run; there is nothing to continue, run it "
-            "again"
-        )
-    for field in dataclasses.fields(Args):
-        given, kept, flag = (
-            getattr(args, field.name),
-            getattr(stored, field.name),
-            field.name.replace("_", "-"),
-        )
-        if field.name not in ("resume", "output_dir") and given not in (field.default, kept):
-            raise InputError(
-                f"--{flag} {given}: the resumed run has {kept}; leave the flag out or start a new "
-                "run"
-            )
-    return stored, folder
+        path = hf_hub_download(name, "model_index.json", revision=revision or None)
+    except Exception as error:
+        remedy = f"give a folder, or accept the licence at https://huggingface.co/{name} and log in"
+        reason = f"no model_index.json ({type(error).__name__}: {error})"
+        raise InputError(f"--model-id {spec}: {reason}; {remedy}") from error
+    return name, Path(path).parent.name
 
 
-def create_run(args: Args) -> Path:
-    """Create the run folder with args.json in it. Raises InputError."""
-    what = "eval" if args.eval_only else args.method
-    name = args.run_name or f"{SCRIPT}-{what}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.output_dir) / name
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+def load_pipeline(
+    name: str, revision: str | None, dtype: torch.dtype, leave_out: tuple[str, ...] = ()
+) -> DiffusionPipeline:
+    """The pipeline on the CPU, frozen, in `dtype` but the autoencoder. Raises InputError where a
+    network's own loader reports weights that its files do not have."""
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    parts = dict.fromkeys(leave_out)
+    for part, source in DiffusionPipeline.load_config(name, revision=revision).items():
+        library, kind = source if isinstance(source, list) else (None, None)
+        kind = getattr(libraries.get(library), str(kind), None)
+        if part in leave_out or not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
+            continue
+        options = {"subfolder": part, "revision": revision, "output_loading_info": True}
+        options["dtype"] = torch.float32 if part == "vae" else dtype
+        try:
+            network, report = kind.from_pretrained(name, **options)
+        except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
+            raise InputError(f"--model-id {name}: {part} cannot be loaded ({error})") from error
+        missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        if missing:
+            lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
+            raise InputError(f"--model-id {name}: {part}: {lost}")
+        parts[part] = network.requires_grad_(False).eval()
+    options = {"revision": revision, "dtype": dtype, "trust_remote_code": False}
+    pipe = DiffusionPipeline.from_pretrained(name, **options, **parts)
+    networks = {part for part, value in pipe.components.items() if isinstance(value, nn.Module)}
+    if networks - parts.keys() or not {"transformer", "vae"} <= networks:
+        what = f"needs transformer and vae, of diffusers and transformers only: {networks}"
+        raise InputError(f"--model-id: a {type(pipe).__name__} cannot be tuned: {what}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def open_flow(pipe: DiffusionPipeline, args: Args, prompts: list[str], device) -> Flow:
+    """The pipeline on the device, with every prompt encoded and the text encoders freed. Raises
+    InputError where it cannot be called as this script does."""
+    names = inspect.signature(pipe.__call__).parameters
+    options = {"height": args.resolution, "width": args.resolution}
+    if args.max_sequence_length is not None:
+        options["max_sequence_length"] = args.max_sequence_length
+    if "use_resolution_binning" in names:  # would draw at another resolution than asked for
+        options["use_resolution_binning"] = False
+    unknown = {*options, "latents", "callback_on_step_end", "guidance_scale"} - names.keys()
+    if unknown:
+        kind = type(pipe).__name__
+        raise InputError(f"--model-id: a {kind} cannot be tuned: it does not take {unknown}")
+    flow = Flow(pipe, PromptMemory(pipe, args.guidance_scale > 1), options, args.guidance_scale)
+    networks = {part for part, value in pipe.components.items() if isinstance(value, nn.Module)}
+    for part in networks - {"transformer", "vae"}:
+        getattr(pipe, part).to(device)
+    for prompt in tqdm(prompts, "encode prompts", leave=False, disable=len(prompts) < 64):
+        ask(flow, [prompt])
+    for part in networks - {"transformer", "vae"}:
+        setattr(pipe, part, None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    pipe.transformer.to(device)
+    pipe.vae.to(device)
+    return flow
+
+
+@torch.no_grad()
+def prove(flow: Flow, prompt: str) -> tuple[Flow, float]:
+    """How the pipeline asks its transformer, found and proven on a call of four steps: sigma falls
+    from at most 1 to exactly 0, a plain Euler step, one question a step, time one of s, 1000 s,
+    1 - s, 1000 (1 - s), and at each step the pipeline's own velocity for our question. Returns the
+    flow and the largest error, in units of the noise. Raises InputError: no flow matching."""
+    pipe, prompts = flow.pipe, [prompt, prompt]
+    refusal = f"--model-id: a {type(pipe).__name__} cannot be tuned: "
+    question = ask(flow, prompts)
+    if not {"hidden_states", "timestep"} <= question.keys() or not hasattr(
+        pipe.scheduler, "sigmas"
+    ):
+        what = f"its transformer is asked for {sorted(question)}, or its scheduler has no sigmas"
+        raise InputError(refusal + what)
+    with Watch(pipe, ones=True) as constant:
+        call(flow, prompts, guided=False, num_steps=1, output_type="latent")
+    with Watch(pipe) as seen:
+        call(flow, prompts, guided=False, num_steps=4, output_type="latent")
+    if not len(seen.asked) == len(seen.stepped) == 4:
+        raise InputError(f"{refusal}it asks its transformer {len(seen.asked)} times in 4 steps")
+    sigmas = [sigma for _, sigma, _ in seen.stepped] + [float(pipe.scheduler.sigmas[-1])]
+    falls = all(one > other for one, other in zip(sigmas, sigmas[1:], strict=False))
+    if not (sigmas[0] <= 1.001 and falls and sigmas[-1] == 0):
+        raise InputError(f"{refusal}its sigmas {sigmas} do not fall from 1 to 0: no flow matching")
+
+    times = [float(asked["timestep"].flatten()[0]) for asked in seen.asked]
+    gaps = {}
+    for offset, slope in ((0, 1), (0, 1000), (1, -1), (1000, -1000)):
+        pairs = zip(sigmas, times, strict=False)
+        gaps[offset, slope] = max(abs(offset + slope * s - t) / abs(slope) for s, t in pairs)
+    offset, slope = min(gaps, key=gaps.get)
+    if not gaps[offset, slope] <= 5e-3:
+        raise InputError(f"{refusal}its time {times} is no linear function of sigma {sigmas}")
+
+    x, time_dtype = question["hidden_states"], question["timestep"].dtype
+    sign = constant.stepped[0][0].mean().item()  # an untrained transformer's own answer may be 0
+    found = {"shape": tuple(x.shape[1:]), "sign": sign, "offset": offset, "slope": slope}
+    found["time_dtype"] = time_dtype if time_dtype.is_floating_point else torch.float32
+    found |= {"dtype": x.dtype, "noise_dtype": seen.stepped[0][2].dtype}
+    flow = flow._replace(**found)
+    errors = []
+    for (v, _, x), asked in zip(seen.stepped, seen.asked, strict=True):
+        own = question | {name: asked[name] for name in ("hidden_states", "timestep")}
+        answer = flow.sign * pipe.transformer(**own | {"return_dict": False})[0].float()
+        errors.append((answer - v).abs().max())
+        errors.append((asked["hidden_states"] - x.to(flow.dtype)).float().abs().max())
+    (v, s, x), (_, s_next, x_next) = seen.stepped[:2]
+    step_error = (x.float() + (s_next - s) * v - x_next.float()).abs().max()
+    size = x.float().abs().max()  # of the noise
+    error, step_error = (torch.stack(errors).max() / size).item(), (step_error / size).item()
+    if not (abs(flow.sign) == 1 and error <= 1e-3 and step_error <= 1e-2):
+        what = f"sign {flow.sign:g}, velocity off by {error:.1g}, first step by {step_error:.1g}"
+        raise InputError(f"{refusal}it does not follow its transformer's velocity ({what})")
+    return flow, error
+
+
+def add_lora(transformer: nn.Module, args: Args) -> list[nn.Parameter]:
+    """A LoRA in float32 on a frozen transformer, of random A and zero B; its parameters."""
+    linear = [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
+    ends = [f"attn.{end}" for end in PROJECTIONS]
+    if not any(name.endswith(tuple(ends)) for name in linear):
+        ends = PROJECTIONS
+    found = [end for end in ends if any(name.endswith(f".{end}") for name in linear)]
+    options = {"target_modules": list(args.lora_targets) or found, "lora_alpha": args.lora_alpha}
+    config = LoraConfig(r=args.lora_rank, init_lora_weights="gaussian", **options)
+    transformer.add_adapter(config)
+    cast_training_params(transformer, torch.float32)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+# --------------------------------------------------------------------------------------- run files
+def create_run(args: Args, sources: dict, prompts_sha256: str) -> Path:
+    """Create the run's folder with args.json in it. Raises InputError where it cannot."""
+    name = f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.output_dir) / (args.run_name or name)
+    git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
+    failed, commit = subprocess.getstatusoutput(git)
+    record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv}
+    libraries = (torch, diffusers, transformers, peft, accelerate, open_clip)
+    versions = {"python": sys.version} | {lib.__name__: lib.__version__ for lib in libraries}
+    record |= {"git_commit": None if failed else commit, "versions": versions}
+    record |= {"sources": sources, "prompts_sha256": prompts_sha256}
     try:
-        commit = (
-            subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-        )
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    versions = {"python": platform.python_version()}
-    versions |= {
-        m.__name__: m.__version__
-        for m in (torch, diffusers, transformers, peft, accelerate, open_clip)
-    }
-    record = {
-        "script": SCRIPT,
-        "args": dataclasses.asdict(args),
-        "command": sys.argv,
-        "versions": versions,
-    }
-    try:
-        folder.mkdir(parents=True)
-        for part in ("samples", "final"):
-            (folder / part).mkdir()
-        (folder / "args.json").write_text(json.dumps(record | {"git_commit": commit}, indent=2))
-    except FileExistsError as error:
-        raise InputError(
-            f"--run-name {folder.name}: {folder} exists; take another name, or --resume {folder}"
-        ) from error
+        (folder / "samples").mkdir(parents=True)
+        (folder / "final").mkdir()
     except OSError as error:
-        raise InputError(
-            f"--output-dir {args.output_dir}: cannot be written ({error}); name another folder"
-        ) from error
+        raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
+    (folder / "args.json").write_text(json.dumps(record, indent=2, allow_nan=False))
     return folder
 
 
-def keep_metrics(path: Path, iteration: int) -> None:
-    """Drop from metrics.jsonl what an interrupted run logged after its checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [
-        line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= iteration
-    ]
-    path.write_text("".join(kept))
-
-
-def evaluate_only(args: Args, accelerator: accelerate.Accelerator, dtype: torch.dtype) -> None:
-    """--eval-only: any text-to-image pipeline of diffusers, called as its own users call it; one
-    row of Table 1."""
-    device = accelerator.device
-    source = ("eval-prompts", args.eval_prompts) if args.eval_prompts else ("prompts", args.prompts)
-    prompts, metadata = load_rows(*source, args.prompt_column, args.prompt_split)
-    prompts, metadata = prompts[: args.eval_max_prompts], metadata[: args.eval_max_prompts]
-    clip = Clip(args.clip_model, args.clip_pretrained, device)
-    metrics = TABLE_METRICS if args.eval_metrics is None else args.eval_metrics
-    rewards = build_rewards(args, clip, list(metrics), device)
-    kind = read_model_index(args.model_id)["_class_name"]
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            args.model_id, dtype={"default": dtype, "vae": torch.float32}
-        )
-    except Exception as error:
-        raise InputError(
-            f"--model-id {args.model_id}: cannot be loaded ({one_line(error)})"
-        ) from error
-    if args.lora:
-        try:
-            state = pipe.lora_state_dict(args.lora)
-            pipe.load_lora_weights(args.lora)
-            networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-            fitting = sum(
-                ".lora_" in name for network in networks for name, _ in network.named_parameters()
-            )
-            stored = sum(
-                ".lora" in name for name in (state[0] if isinstance(state, tuple) else state)
-            )
-            if fitting != stored:  # diffusers only warns
-                raise ValueError(
-                    f"{stored} weights in the file, {fitting} places for them in the model"
-                )
-        except Exception as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
+def find_run(args: Args) -> tuple[Args, Path, dict]:
+    """The flags, the folder and args.json of the run that --resume names. Raises InputError."""
+    folder = Path(args.resume)
+    if args.resume == "latest":
+        runs = Path(args.output_dir).glob("*/args.json")
+        runs = [file for file in runs if f'"script": "{SCRIPT}"' in file.read_text()]
+        folder = max(
+            runs, key=lambda file: file.stat().st_mtime_ns, default=folder / "args.json"
+        ).parent
+    if not args.resume or not any(folder.glob("checkpoint*.pt")):
+        raise InputError(f"--resume {args.resume}: no checkpoint in {folder}; start a new run")
+    record = json.loads((folder / "args.json").read_text())
+    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
+    stored = Args(**kept)
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv}
+    for field in dataclasses.fields(Args):
+        name, value, kept = field.name, getattr(args, field.name), getattr(stored, field.name)
+        given = f"--{name.replace('_', '-')}" in words or value != field.default
+        if given and value != kept and name not in ("resume", "output_dir"):
             raise InputError(
-                f"--lora {args.lora}: cannot be loaded into {args.model_id} ({reason})"
-            ) from error
-    pipe.to(device).set_progress_bar_config(disable=True)
-    if hasattr(pipe, "vae"):  # pipelines hand it latents in the transformer's precision
-        decode = pipe.vae.decode
-        pipe.vae.decode = lambda latents, *rest, **more: decode(latents.float(), *rest, **more)
-    accepted = inspect.signature(pipe.__call__).parameters
-    options = {
-        "height": args.resolution,
-        "width": args.resolution,
-        "num_inference_steps": args.eval_steps,
-    }
-    options |= {
-        "guidance_scale": args.guidance_scale,
-        "max_sequence_length": args.max_sequence_length,
-    }
-    options = {name: value for name, value in options.items() if name in accepted}
-    run_dir = create_run(args) if accelerator.is_main_process else None
+                f"--{name.replace('_', '-')}: the resumed run has {kept}; leave it out"
+            )
+    return dataclasses.replace(stored, **record["sources"]), folder, record
 
-    def draw(images: list[int], noise: Tensor, times: None) -> tuple[Tensor, Tensor]:
-        """Images number 0, 1, ... of the evaluation, each from a random state of its own."""
-        seeds = [int(np.random.SeedSequence([args.seed, i]).generate_state(1)[0]) for i in images]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        asked = [fixed["prompts"][i] for i in images]
-        drawn = (
-            pipe(asked, generator=generators, output_type="pt", **options)
-            .images.float()
-            .clamp(0, 1)
-            .to(device)
-        )
-        return torch.zeros(len(drawn), 1, device=device), drawn
 
-    count = len(prompts) * args.eval_images
-    fixed = {"rows": list(range(count)), "times": None, "noise": torch.zeros(count, 1)}
-    fixed |= {"prompts": [prompts[i // args.eval_images] for i in range(count)]}
-    fixed |= {"metadata": [metadata[i // args.eval_images] for i in range(count)]}
-    fixed |= {"images_per_prompt": args.eval_images}
-    figures, images, _ = evaluate(draw, None, rewards, clip, fixed, accelerator, args.rollout_batch)
-    figures.pop("w2")  # there is nothing to compare with
-    if not accelerator.is_main_process:
-        return
-    save_images(run_dir / "samples", images, args.eval_images)
-    (run_dir / "samples" / "prompts.txt").write_text(
-        "".join(f"{prompt}\n" for prompt in prompts), "utf-8"
-    )
-    save_image(picture(images, args.eval_images), run_dir / "samples.png")
-    about = {"model": args.model_id, "pipeline": kind, "lora": args.lora, "prompts": len(prompts)}
-    about |= {"images_per_prompt": args.eval_images, "options": options}
-    means = {
-        name: {"mean": mean, "standard_error": error} for name, (mean, error) in figures.items()
-    }
-    (run_dir / "table1.json").write_text(json.dumps(about | {"metrics": means}, indent=2))
-    cells = [f"{mean:.4g} ± {error:.2g}" for mean, error in figures.values()]
-    label = Path(args.model_id).name + (f" + {args.lora}" if args.lora else "")
-    table = [["model", *figures], ["---"] * (len(cells) + 1), [label, *cells]]
-    text = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    (run_dir / "table1.md").write_text(
-        f"{text}\nMean ± standard error over {len(prompts)} prompts.\n"
-    )
-    print(f"{text}{run_dir / 'table1.md'}, images in {run_dir / 'samples'}")
+def lock_run(run_dir: Path) -> TextIO | None:
+    """A lock that lives as long as the returned file. Raises InputError where another process has
+    it: two would write one run."""
+    if os.name == "nt":
+        return None
+    import fcntl  # not on Windows
+
+    file = (run_dir / "args.json").open()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"--resume: another process is writing {run_dir}") from error
+    return file
+
+
+def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
+    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": step, **record}, allow_nan=False), file=file, flush=True)
+        os.fsync(file.fileno())  # a checkpoint counts on it
+    for tag, value in record.items():
+        if value is not None:
+            writer.add_scalar(tag, value, step)
+
+
+def write_safely(path: Path, state: dict) -> None:
+    """torch.save under another name, flushed to the disk, then renamed: never half a file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with path.with_suffix(".part").open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(path.with_stem(f"{path.stem}-previous"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The state in the newest checkpoint. Raises InputError for a damaged file."""
+    path = run_dir / "checkpoint.pt"
+    path = path if path.exists() else run_dir / "checkpoint-previous.pt"
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # the check sums, which torch.load does not ask
+        if damaged:
+            raise ValueError(f"wrong check sum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        remedy = "delete it to go on from checkpoint-previous.pt"
+        raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
+
+
+def save_checkpoint(run_dir: Path, iteration: int, metrics: dict, lora: list, optimizer) -> None:
+    """The trained weights, the optimiser and the position, with the length of metrics.jsonl."""
+    state = {"iteration": iteration, "metrics": metrics, "optimizer": optimizer.state_dict()}
+    state |= {"lora": [parameter.detach() for parameter in lora]}
+    state |= {"metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size}
+    write_safely(run_dir / "checkpoint.pt", state)
+
+
+def restore(run_dir: Path | None, checkpoint: dict, lora: list, optimizer) -> None:
+    """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
+    for parameter, value in zip(lora, checkpoint["lora"], strict=True):
+        parameter.data.copy_(value)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if run_dir is not None:
+        path = run_dir / "metrics.jsonl"
+        os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
+
+
+def save_lora(folder: Path, pipe: DiffusionPipeline) -> None:
+    """The LoRA as any pipeline of this kind loads it. Without the metadata its alpha is lost."""
+    weights = get_peft_model_state_dict(pipe.transformer)
+    metadata = pipe.transformer.peft_config["default"].to_dict()
+    layers = {"transformer_lora_layers": weights, "transformer_lora_adapter_metadata": metadata}
+    pipe.save_lora_weights(folder, **layers)
+
+
+def finish(run_dir: Path, summary: dict, model: tuple[str, str | None, torch.dtype]) -> None:
+    """The whole run in one file and as a table, and how to load the result."""
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+    for name, value in summary["final"].items():
+        print(f"{name:22s}{summary['base'][name] or 0:10.4f} -> {value or 0:.4f}")
+    name, revision, dtype = model
+    print(f"Images in {run_dir}/samples. To use the result:")
+    print("import torch\nfrom diffusers import DiffusionPipeline")
+    options = f"revision={revision!r}, dtype={dtype}"
+    print(f'pipe = DiffusionPipeline.from_pretrained("{name}", {options})')
+    print(f'pipe.load_lora_weights("{run_dir / "final"}")')
+
+
+# -------------------------------------------------------------------------------------------- main
+def check_args(args: Args, processes: int) -> None:
+    """Raise InputError for flags that cannot work."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, tuple) else (value,)
+        lowest = 0 if name in ("seed", "alpha", "weight_decay") else 1e-30
+        lowest = -math.inf if name == "reward_weights" else lowest
+        numbers = [number for number in values if type(number) in (int, float)]
+        if not all(math.isfinite(number) and number >= lowest for number in numbers):
+            flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
+            raise InputError(f"{flag}: must be {'finite' if lowest < 0 else 'positive'}")
+    if min(args.group_size, args.eval_images) < 2:
+        raise InputError("--group-size, --eval-images: at least 2, the others are the baseline")
+    if args.guidance_scale < 1:
+        raise InputError(f"--guidance-scale {args.guidance_scale}: 1 (no guidance) or more")
+    if args.method == "dpo" and (args.group_size % 2 or args.train_batch % 2):
+        raise InputError("--group-size, --train-batch: must be even for dpo, of pairs")
+    if args.prompts_per_update % processes:
+        raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
+    if not args.reward or len(args.reward_weights or args.reward) != len(args.reward):
+        raise InputError("--reward-weights: must be as many as --reward names, one or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) != processes:
+        raise InputError("torchrun: its processes would be unrelated runs here; add --cpu")
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where it is asked for, or where a GPU has units for it."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def main(args: Args) -> None:
-    use_bf16 = (
-        torch.cuda.is_available()
-        and not args.cpu
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    resumed = None
-    if args.resume:
-        args, resumed = find_run(args)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and use_bf16)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    accelerator = accelerate.Accelerator(cpu=args.cpu, mixed_precision="bf16" if bf16 else "no")
+    resumed = args.resume is not None
+    if resumed:
+        args, run_dir, stored = find_run(args)
+    accelerator = accelerate.Accelerator(cpu=args.cpu)
     device, is_main = accelerator.device, accelerator.is_main_process
     processes, rank = accelerator.num_processes, accelerator.process_index
     check_args(args, processes)
-    for library in (transformers.utils.logging, diffusers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    if args.eval_only:
-        evaluate_only(args, accelerator, dtype)
+    if resumed and (run_dir / "summary.json").exists():
+        accelerator.print(f"{run_dir} is finished: nothing is left to do")
         return
+    dtype = choose_dtype(args.precision, device)
 
-    # Prompts and rewards first: they are quick to be wrong. A wrong reward is found on two grey
-    # images.
-    train, heldout, note = load_prompts(args)
-    clip = Clip(args.clip_model, args.clip_pretrained, device)
-    rewards = build_rewards(args, clip, [*args.reward, *(args.eval_metrics or ())], device)
-    mix = torch.tensor(args.reward_weights or [1.0] * len(args.reward), device=device)
-    names = [reward_name(spec) for spec in args.reward]
-    grey, two = (
-        torch.full((2, 3, args.resolution, args.resolution), 0.5, device=device),
-        list(train)[:1] * 2,
-    )
-    for name, function in rewards.items():
-        score(name, function, grey, two, [train[two[0]]] * 2)
+    # What is small and may be refused comes before what is large.
+    model_name, commit = find_model(args.model_id)
+    train, heldout, note, sources = load_prompts(args)
+    sources["model_id"] = model_name if commit is None else f"{model_name}@{commit}"
+    prompts_sha256 = hashlib.sha256(repr((train, heldout)).encode()).hexdigest()
+    if resumed and prompts_sha256 != stored["prompts_sha256"]:
+        raise InputError(f"--prompts {args.prompts}: other prompts than when the run began")
+    judges = build_judges(args, train, device)
 
-    # The model: everything frozen but the LoRA. Only prompts this run will draw are encoded.
-    pipe = load_pipeline(args, dtype)
-    drawn = [
-        draw_prompts(len(train), args.prompts_per_update, i, args.seed)
-        for i in range(args.iterations)
-    ]
-    used = sorted({row for rows in drawn for row in rows})
-    texts = [*[list(train)[row] for row in used], *heldout, ""]
-    metadata = [*[train[text] for text in texts[: len(used)]], *heldout.values(), {}]
-    position = {row: i for i, row in enumerate(used)}
-    embeds, pooled = encode_prompts(pipe, texts, args.max_sequence_length, device)
-
-    def condition(rows: list[int]) -> tuple[Tensor, Tensor]:
-        return embeds[rows].to(device), pooled[rows].to(device)
-
-    transformer, vae = pipe.transformer, pipe.vae.to(device)
-    if args.vae_slicing:
-        vae.enable_slicing()
-    if args.vae_tiling:
-        vae.enable_tiling()
+    # The pipeline, with the prompts that this run will draw, proven; its LoRA.
+    leave_out = () if args.t5 else ("text_encoder_3", "tokenizer_3")
+    pipe = load_pipeline(model_name, commit, dtype, leave_out)
+    schedule = draw_prompts(list(train), args.prompts_per_update, args.iterations, args.seed)
+    drawn = dict.fromkeys([prompt for prompts in schedule for prompt in prompts])
+    flow = open_flow(pipe, args, [*(drawn | dict.fromkeys([*heldout, ""]))], device)
+    flow, error = prove(flow, schedule[0][0])
+    transformer = pipe.transformer
     seed_everything(args.seed)
-    frozen = None
-    if args.full_finetune:
-        frozen = SD3Transformer2DModel.from_config(transformer.config).to(dtype)
-        frozen.load_state_dict(transformer.state_dict())
-        frozen = accelerator.prepare_model(
-            frozen.requires_grad_(False).eval(), evaluation_mode=True
-        )
-        transformer.requires_grad_(True)
-    else:
-        targets = list(args.lora_targets)
-        config = LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=targets,
-        )
-        try:
-            transformer.add_adapter(config)
-        except ValueError as error:
-            raise InputError(f"--lora-targets {' '.join(targets)}: {one_line(error)}") from error
-        cast_training_params(transformer, torch.float32)
+    lora = add_lora(transformer, args)
+    optimizer = torch.optim.AdamW(lora, lr=args.learning_rate, weight_decay=args.weight_decay)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
-        for block in transformer.transformer_blocks:
-            block.compile()
-    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay)
-    network, optimizer = accelerator.prepare(transformer, optimizer)
-    # Without gradients no DDP is needed. accelerate has put autocast into the forward of both
-    # networks.
-    transformer = accelerator.unwrap_model(network)
-    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    ema = EMAModel(trainable, decay=args.ema_decay) if args.ema_decay else None
+        transformer.compile_repeated_blocks()
+    if args.vae_slicing:
+        pipe.vae.enable_slicing()
 
-    @contextlib.contextmanager
-    def previous_policy() -> Iterator[nn.Module]:
-        """The policy that rolls out and is evaluated: the current weights, or their moving
-        average."""
-        if ema:
-            ema.store(trainable)
-            ema.copy_to(trainable)
-        try:
-            yield transformer
-        finally:
-            if ema:
-                ema.restore(trainable)
-
-    run_dir = resumed or (create_run(args) if is_main else None)
-    metrics_path = run_dir / "metrics.jsonl" if run_dir else None
-    checkpoint = load_checkpoint(run_dir) if resumed else {}
-    first = checkpoint.get("iteration", 0)
-    if checkpoint:
-        restore_training_state(network, optimizer.optimizer, ema, checkpoint)
-    if is_main:
-        keep_metrics(metrics_path, first if checkpoint else -1)
-
-    # Shapes and times.
-    side = args.resolution // pipe.vae_scale_factor
-    shape = (transformer.config.in_channels, side, side)
-    tokens = (side // transformer.config.patch_size) ** 2
-    times = sampling_times(pipe.scheduler, args.num_steps, tokens)
-    empty = condition([len(texts) - 1])
-    groups, local_groups, group = (
-        args.prompts_per_update,
-        args.prompts_per_update // processes,
-        args.group_size,
-    )
+    if not resumed:
+        run_dir = create_run(args, sources, prompts_sha256) if is_main else None
+    lock = lock_run(run_dir) if is_main else None  # held until the process ends
+    groups, group = args.prompts_per_update, args.group_size
     # Whole groups stay in one process.
-    mine = slice(rank * local_groups * group, (rank + 1) * local_groups * group)
-    size = sum(parameter.numel() for parameter in trainable)
+    my_groups = slice(rank * groups // processes, (rank + 1) * groups // processes)
+    mine = slice(my_groups.start * group, my_groups.stop * group)
     accelerator.print(
-        f"{run_dir}: {args.method}, {processes} x {device.type}, {'bf16' if bf16 else 'fp32'}, "
-        f"{size:,} trained parameters\n{len(train)} training prompts, {len(heldout)} for "
-        f"evaluation; {note}; embeddings of {len(texts)} prompts take {embeds.nbytes / 1e9:.2f} "
-        f"GB\neach iteration {groups} prompts x {group} images, {args.updates_per_iteration} "
-        f"updates of {groups * group * args.timesteps_per_sample} points"
+        f"{run_dir}: {args.method}, {processes} x {device.type}, {dtype}, "
+        f"{sum(parameter.numel() for parameter in lora):,} trained parameters\n"
+        f"{type(pipe).__name__}: its transformer's time is {flow.offset} {flow.slope:+} s, sign "
+        f"{flow.sign:+.0f}, velocity equal to {error:.0e}\n{len(train)} training prompts, "
+        f"{len(heldout)} for evaluation; {note}\neach iteration {groups} prompts x {group} images, "
+        f"{args.updates_per_iteration} updates, {args.timesteps_per_sample} points an image in each"
+        + "\nwarning: --group-size: the mean of so few images is a noisy baseline"
+        * (group < 4)
     )
-    if group < 4:
-        accelerator.print(
-            f"warning: --group-size {group}: the mean of so few images is a noisy baseline; 8 or "
-            "more"
-        )
 
-    def draw(
-        network: nn.Module, rows: list[int], noise: Tensor, times: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Latents and images of prompts `rows` from noise [B,C,h,w]."""
-        latents = sample(
-            network, noise.to(device), times, condition(rows), empty, args.guidance_scale
-        )
-        return latents, decode(vae, latents)
-
-    def gap(network: nn.Module, x_t: Tensor, s: Tensor, rows: list[int]) -> Tensor:
-        """|v - v_ref|^2 [B]."""
-        x_t, s, cond = x_t.to(device), s.to(device), condition(rows)
-        v = velocity(network, x_t, s, cond)
-        with reference_policy(transformer, frozen) as reference:
-            return mean_square(v - velocity(reference, x_t, s, cond))
-
-    # Everything an evaluation needs is fixed here, once: the noise, and W2's (x_t, s) from the base
-    # model's samples.
-    generator = seed_everything(args.seed, 0)
-    count = len(heldout) * args.eval_images
-    # Rows of the held-out prompts, repeated.
-    each = [len(used) + i // args.eval_images for i in range(count)]
-    fixed = {
-        "rows": each,
-        "prompts": [texts[i] for i in each],
-        "metadata": [metadata[i] for i in each],
-    }
-    fixed |= {
-        "times": sampling_times(pipe.scheduler, args.eval_steps, tokens),
-        "images_per_prompt": args.eval_images,
-    }
-    fixed["noise"] = torch.randn(count, *shape, generator=generator)
-    base_path = run_dir / "base.pt" if run_dir else None
-    tools = (rewards, clip, fixed, accelerator, args.rollout_batch)
-    if resumed and base_path.is_file():
-        base = torch.load(base_path, weights_only=True)
+    # What every evaluation shares, and the base model's own figures: the LoRA is still zero.
+    rng = seed_everything(args.seed, 0)
+    prompts = [prompt for prompt in heldout for _ in range(args.eval_images)]
+    noise = torch.randn(len(prompts), *flow.shape, generator=rng)
+    rows = [heldout[prompt] for prompt in prompts]
+    eval_set = EvalSet(prompts, rows, noise, noise, torch.ones(len(prompts)), {})
+    if resumed:
+        base = torch.load(run_dir / "base.pt", weights_only=True)
     else:
-        with reference_policy(transformer, frozen) as reference:
-            figures, images, latents = evaluate(functools.partial(draw, reference), None, *tools)
-        base = {
-            "metrics": {name: list(pair) for name, pair in figures.items()},
-            "images": images,
-            "latents": latents,
-        }
-        if is_main:
-            torch.save(base, base_path.with_suffix(".part"))
-            base_path.with_suffix(".part").replace(base_path)
-    fixed["s"] = (torch.randperm(count, generator=generator) + 0.5) / count
-    fixed["x_t"], _ = flow_matching_point(
-        base["latents"], torch.randn(count, *shape, generator=generator), fixed["s"]
-    )
-    base_figures = {name: mean for name, (mean, _) in base["metrics"].items()}
+        metrics, images, latents = evaluate(flow, judges, eval_set, accelerator, args)
+        base = {"metrics": metrics, "latents": latents, "reward_mean": 0.0, "reward_std": None}
+    s = (torch.randperm(len(prompts), generator=rng) + 0.5) / len(prompts)
+    x_t, _ = flow_matching_point(base["latents"], torch.randn(noise.shape, generator=rng), s)
+    eval_set = eval_set._replace(x_t=x_t, s=s, base=base["metrics"])
 
-    def totals(figures: dict[str, float]) -> dict[str, float]:
-        """The figures of an evaluation, with the weighted reward and the diversities' ratio to the
-        base model's."""
-        total = sum(
-            weight * figures[name] for name, weight in zip(names, mix.tolist(), strict=True)
-        )
-        ratios = {
-            f"{name}_ratio": figures[name] / base_figures[name]
-            for name in ("clip_diversity", "clip_distance")
-        }
-        return {"reward": total, **figures, **ratios}
+    if args.method == "adrpo" and args.adv_norm in ("base", "none"):
+        if not resumed:  # one rollout of the base model: the unit of adrpo's advantage
+            rng = seed_everything(args.seed, 0, 1)
+            prompts = [prompt for prompt in schedule[0] for _ in range(group)][mine]
+            rows = [train[prompt] for prompt in prompts]
+            noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
+            _, values, _ = rollout(flow, judges.trained, prompts, rows, noise, args)
+            reward = (accelerator.gather(values) * judges.weights).sum(1).view(groups, group)
+            base["reward_mean"] = reward.mean().item()
+            base["reward_std"] = reward.var(dim=1).mean().sqrt().item()
+        accelerator.print(describe_spread(base["reward_mean"], base["reward_std"], args))
 
-    metrics = checkpoint.get("metrics") or totals(base_figures)
-    writer = SummaryWriter(run_dir, purge_step=first + 1 if checkpoint else 0) if is_main else None
-    if is_main and not checkpoint:
-        (run_dir / "samples" / "prompts.txt").write_text(
-            "".join(f"{prompt}\n" for prompt in heldout), "utf-8"
-        )
-        sheet = picture(base["images"], args.eval_images)
-        save_image(sheet, run_dir / "samples" / "000000.png")
-        writer.add_image("samples", sheet, 0)
-        log(metrics_path, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
+    first, metrics = 0, base["metrics"]
+    if resumed:
+        checkpoint = load_checkpoint(run_dir)
+        first, metrics = checkpoint["iteration"], checkpoint["metrics"]
+        restore(run_dir if is_main else None, checkpoint, lora, optimizer)
+    writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
+    if is_main and not resumed:
+        write_safely(run_dir / "base.pt", base)
+        (run_dir / "samples/prompts.txt").write_text("\n".join([*heldout, ""]), "utf-8")
+        save_samples(run_dir, writer, 0, images, args)
+        log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
-    bar = tqdm(
-        range(first, args.iterations),
-        args.method,
-        initial=first,
-        total=args.iterations,
-        disable=not is_main,
-    )
+    offline = args.method == "dpo" and not args.dpo_online
+    regularised = args.method in ("adrpo", "dpo") or (args.method == "orw" and args.alpha > 0)
+    bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
-        # 1. Rollout: x1 from the previous policy (eq. 6), and its rewards. Every process draws all
-        #    of the noise and takes its own groups of it, so the result does not depend on their
-        #    number.
-        started = synchronized_time(device)
-        generator = seed_everything(args.seed, iteration + 1)
-        rows = [position[row] for row in drawn[iteration] for _ in range(group)][mine]
-        noise = torch.randn(groups * group, *shape, generator=generator)[mine]
-        offline = args.method == "dpo" and not args.dpo_online
-        latents, values, seconds_reward = [], [], 0.0
-        with reference_policy(transformer, frozen) if offline else previous_policy() as policy:
-            for start in range(0, len(rows), args.rollout_batch):
-                part = slice(start, start + args.rollout_batch)
-                x1, images = draw(policy, rows[part], noise[part], times)
-                rolled_out = synchronized_time(device)
-                prompts, facts = (
-                    [texts[row] for row in rows[part]],
-                    [metadata[row] for row in rows[part]],
-                )
-                values.append(
-                    torch.stack(
-                        [score(n, rewards[n], images, prompts, facts) for n in names], dim=1
-                    )
-                )
-                latents.append(x1)
-                seconds_reward += synchronized_time(device) - rolled_out
-        x1 = torch.cat(latents)  # [B/processes,C,h,w]
-        every = accelerator.gather(torch.cat(values)).view(
-            groups, group, len(names)
-        )  # [P,G,R], of all processes
-        reward = (every * mix).sum(2)  # [P,G]
-        rewarded = synchronized_time(device)
-
-        # 2. What each method makes of the rewards: which samples it trains on, and with which
-        #    weight.
-        zero_spread = (reward.std(1) < 1e-8).float().mean().item()
+        # ---- 1. rollout: x1 from the policy (eq. 6), and its reward. Every process draws all of
+        # the noise and takes its own groups of it: the result does not depend on their number.
+        started = time.perf_counter()
+        rng = seed_everything(args.seed, iteration)
+        prompts = [prompt for prompt in schedule[iteration - 1] for _ in range(group)][mine]
+        rows = [train[prompt] for prompt in prompts]
+        noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
+        if offline:  # pairs of the base model
+            transformer.disable_adapters()
+        x1, values, seconds_reward = rollout(flow, judges.trained, prompts, rows, noise, args)
+        if offline:
+            transformer.enable_adapters()
+        values = accelerator.gather(values).unflatten(0, (groups, group))  # [P,G,R], of all
+        reward = (values * judges.weights).sum(2)  # [P,G]
         record = {"reward/mean": reward.mean().item(), "reward/std": reward.std().item()}
-        record |= {"reward/frac_reward_zero_std": zero_spread}
-        record |= {f"reward/{name}": every[..., i].mean().item() for i, name in enumerate(names)}
-        own = slice(rank * local_groups, (rank + 1) * local_groups)
+        constant = (reward == reward[:, :1]).all(dim=1)  # [P]
+        record["reward/frac_reward_zero_std"] = constant.float().mean().item()
+        for i, name in enumerate(judges.trained):
+            record[f"reward/{name}"] = values[..., i].mean().item()
+        rewarded = time.perf_counter()
+
+        # ---- 2. advantages, weights or picks (repeated: every method has as many points)
         if args.method == "adrpo":
-            advantage = group_advantage(reward, args.beta0, args.adv_clip_k, args.adv_norm)  # [P,G]
-            record |= coefficient_statistics(advantage, args.beta0)
-            weight = advantage[own].flatten()
+            advantage = group_advantage(
+                reward, args.beta0, args.adv_clip_k, args.adv_norm, base["reward_std"]
+            )  # [P,G]
+            record |= adrpo_statistics(advantage, args.beta0)
+            weight = advantage[my_groups].flatten()
         elif args.method == "orw":
-            weight = orw_weights(reward / (reward.std() + 1e-4), args.tau)[own].flatten()
-        chosen = training_samples(args.method, reward[own])  # [P,G] positions in x1
-        points = (
-            chosen[:, None].expand(-1, args.timesteps_per_sample, -1).flatten()
-        )  # [n]: prompt, repeat, image
-        needs_reference = args.method in ("adrpo", "dpo") or (
-            args.method == "orw" and args.alpha > 0
-        )
+            weight = orw_weights(reward / (reward.std() + 1e-4), args.tau)[my_groups].flatten()
+        chosen = training_samples(args.method, reward[my_groups])[:, None]  # [P,1,G] of x1
+        points = chosen.expand(-1, args.timesteps_per_sample, -1).flatten()  # [n]
+        my_points = slice(rank * len(points), (rank + 1) * len(points))
+        point_prompts = [prompts[i] for i in points.tolist()]
         draws = 1 if args.share_noise else group // 2 if args.method == "dpo" else group
 
-        # 3. Updates on this rollout, each with fresh times and noise, in micro-batches whose
-        #    gradients add up to the gradient of the mean over the whole update.
-        decay = (
-            (1 + math.cos(math.pi * iteration / args.iterations)) / 2
-            if args.lr_schedule == "cosine"
-            else 1.0
-        )
-        for settings in optimizer.param_groups:
-            settings["lr"] = args.learning_rate * min(1.0, (iteration + 1) / 5) * decay
-        sums = torch.zeros(4, device=device)
+        # ---- 3. updates on this rollout, each with fresh noise and times, in parts whose
+        # gradients add up to the gradient of the mean over the whole update
+        decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
+        decay = decay if args.lr_schedule == "cosine" else 1.0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5) * decay
+        totals = defaultdict(float)
         for _ in range(args.updates_per_iteration):
-            layout = (groups, args.timesteps_per_sample, draws, group)
-            s, noise = draw_points(generator, shape, args.timestep_distribution, *layout)
-            mine_points = slice(rank * len(points), (rank + 1) * len(points))
-            s, noise = s[mine_points], noise[mine_points]
+            s, noise = draw_points(rng, flow.shape, args, draws)
+            s, noise = s[my_points].to(device), noise[my_points]
             optimizer.zero_grad(set_to_none=True)
-            update = torch.zeros(3, device=device)
-            for start in range(0, len(points), args.train_batch):
-                part = slice(start, start + args.train_batch)
-                picks, s_t = points[part], s[part].to(device)
-                x_t, u = flow_matching_point(x1[picks], noise[part].to(device), s_t)
-                cond = condition([rows[i] for i in picks.tolist()])
-                synchronise = start + args.train_batch >= len(points)
-                if needs_reference:
-                    with torch.no_grad(), reference_policy(transformer, frozen) as reference:
-                        v_ref = velocity(reference, x_t, s_t, cond)
-                with contextlib.nullcontext() if synchronise else accelerator.no_sync(network):
-                    v = velocity(network, x_t, s_t, cond)
-                    if not needs_reference:
-                        v_ref = v.detach()
-                    if args.method == "adrpo":
-                        losses = adrpo_fm_loss(v, v_ref, u, weight[picks], args.beta0)
-                    elif args.method == "orw":
-                        losses = orw_fm_loss(v, v_ref, u, weight[picks], args.alpha)
-                    elif args.method == "raft":
-                        losses = mean_square(v - u)
-                    else:  # best and worst alternate; a pair's loss stands for its two points
-                        (v_w, v_l), (v_w_ref, v_l_ref), (u_w, u_l) = [
-                            (a[0::2], a[1::2]) for a in (v, v_ref, u)
-                        ]
-                        losses = dpo_fm_loss(
-                            v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, args.beta_dpo
-                        ).repeat(2)
-                    accelerator.backward(losses.sum() / len(points))
+            for part in batches(flow, point_prompts, args.train_batch):
+                picks = points[part]
+                x_t, u = flow_matching_point(x1[picks], noise[part].to(device), s[part])
+                question = ask(flow, point_prompts[part])
+                if regularised:
+                    transformer.disable_adapters()
+                    with torch.no_grad():
+                        v_ref = velocity(flow, question, x_t, s[part])
+                    transformer.enable_adapters()
+                v = velocity(flow, question, x_t, s[part])
+                if not regularised:  # without a divergence term no reference pass
+                    v_ref = v.detach()
+                if args.method == "adrpo":
+                    losses = adrpo_fm_loss(v, v_ref, u, weight[picks], args.beta0)  # [b]
+                elif args.method == "orw":
+                    losses = orw_fm_loss(v, v_ref, u, weight[picks], args.alpha)
+                elif args.method == "raft":
+                    losses = mean_square(v - u)
+                else:  # best and worst alternate; a pair's loss stands for its two points
+                    winners, losers = torch.stack([v, v_ref, u]).unflatten(1, (-1, 2)).unbind(2)
+                    losses = dpo_fm_loss(*winners, *losers, args.beta_dpo).repeat(2)
+                (losses.sum() / len(points)).backward()
                 with torch.no_grad():
-                    parts = [losses.sum(), mean_square(v - u).sum(), mean_square(v - v_ref).sum()]
-                    update += torch.stack(parts) / len(points)
-            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-            if hasattr(grad_norm, "full_tensor"):  # FSDP
-                grad_norm = grad_norm.full_tensor()
-            update = torch.cat([accelerator.reduce(update, "mean"), grad_norm.to(device).view(1)])
-            if not update.isfinite().all():  # before the step: the weights are still good
-                state = training_state(network, optimizer.optimizer, ema)
-                if is_main:
-                    save_checkpoint(run_dir, {"iteration": iteration, "metrics": metrics}, state)
-                raise InputError(
-                    f"iteration {iteration}: loss {update[0]:.3g}, gradient norm {update[3]:.3g}; "
-                    "the weights before this step are saved. Lower --learning-rate or --beta-dpo, "
-                    "or raise --beta0 or --alpha"
-                )
+                    totals["losses/total"] += losses.sum() / len(points)
+                    totals["losses/flow_matching"] += mean_square(v - u).sum() / len(points)
+                    if regularised:
+                        totals["losses/divergence"] += mean_square(v - v_ref).sum() / len(points)
+            gradients = [p.grad for p in lora if p.grad is not None]
+            if processes > 1:  # one all-reduce for all gradients
+                flat = accelerator.reduce(torch.cat([grad.flatten() for grad in gradients]), "mean")
+                sizes = [grad.numel() for grad in gradients]
+                for grad, mean in zip(gradients, flat.split(sizes), strict=True):
+                    grad.copy_(mean.view_as(grad))
+            grad_norm = nn.utils.clip_grad_norm_(lora, args.max_grad_norm)
+            totals["losses/grad_norm"] += grad_norm
+            loss = accelerator.reduce(totals["losses/total"], "mean")
+            if not (loss + grad_norm).isfinite():
+                raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
             optimizer.step()
-            if ema:
-                ema.step(trainable)
-            sums += update
-        updated = synchronized_time(device)
+        if not all(parameter.isfinite().all() for parameter in lora):
+            raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
+        for tag, total in totals.items():
+            record[tag] = accelerator.reduce(total, "mean").item() / args.updates_per_iteration
+        updated = time.perf_counter()
 
-        # 4. Log, evaluate, save.
-        done, last = iteration + 1, iteration + 1 == args.iterations
-        means = (sums / args.updates_per_iteration).tolist()
-        record |= {
-            "losses/total": means[0],
-            "losses/flow_matching": means[1],
-            "losses/grad_norm": means[3],
-        }
-        if needs_reference:
-            record["losses/divergence"] = means[2]
+        # ---- 4. log, evaluate, save
         record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         record["charts/seconds_rollout"] = rewarded - started - seconds_reward
         record["charts/seconds_reward"] = seconds_reward
         record["charts/seconds_update"] = updated - rewarded
-        record["charts/peak_memory_gb"] = peak_memory_gb(device)
-        if last or done % args.eval_every == 0:
-            with previous_policy() as policy:
-                tasks = functools.partial(draw, policy), functools.partial(gap, policy)
-                figures, images, _ = evaluate(*tasks, *tools)
-            metrics = totals({name: mean for name, (mean, _) in figures.items()})
+        if device.type == "cuda":
+            record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        last = iteration == args.iterations
+        if last or iteration % args.eval_every == 0:
+            metrics, images, _ = evaluate(flow, judges, eval_set, accelerator, args)
             record |= {f"eval/{name}": value for name, value in metrics.items()}
             if is_main:
-                sheet = picture(images, args.eval_images)
-                save_image(sheet, run_dir / "samples" / f"{done:06d}.png")
-                writer.add_image("samples", sheet, done)
-            if is_main and last:
-                save_images(run_dir / "samples" / "final", images, args.eval_images)
+                save_samples(run_dir, writer, iteration, images, args)
+            if is_main and args.keep_adapters:
+                save_lora(run_dir / f"adapters/{iteration:06d}", pipe)
         if is_main:
-            log(metrics_path, writer, done, record)
-        figures = {
-            "reward": record["reward/mean"],
-            "diversity": metrics["clip_diversity"],
-            "w2": metrics["w2"],
-        }
-        bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
-        if last or done % args.save_every == 0:
-            state = training_state(network, optimizer.optimizer, ema)
-            if is_main:
-                save_checkpoint(run_dir, {"iteration": done, "metrics": metrics}, state)
+            log(run_dir, writer, iteration, record)
+        bar.set_postfix(reward=record["reward/mean"], w2=metrics["w2"])
+        if is_main and (last or iteration % args.save_every == 0):
+            save_checkpoint(run_dir, iteration, metrics, lora, optimizer)
 
-    # What other tools load, and the whole run in one file.
-    with previous_policy():
-        weights_now = training_state(network, optimizer.optimizer, None)["model"]
     if is_main:
         writer.close()
-        lines = save_final(run_dir / "final", transformer, weights_now, args.model_id)
-        summary = {
-            "base": totals(base_figures),
-            "final": metrics,
-            "method": args.method,
-            "iterations": args.iterations,
-        }
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-        print(f"{'':22s}{'base':>10s}{'final':>10s}")
-        for name, value in metrics.items():
-            print(f"{name:22s}{summary['base'][name]:10.4f}{value:10.4f}")
-        print(f"images in {run_dir / 'samples'}. To use the result:\n{lines}")
+        save_lora(run_dir / "final", pipe)
+        summary = {"base": base["metrics"], "final": metrics, "iterations": args.iterations}
+        finish(run_dir, summary | {"method": args.method}, (model_name, commit, dtype))
+    del lock
 
 
 if __name__ == "__main__":
-    process = os.environ.get("RANK", "0")
+    flags = [word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"]
+    if len(set(flags)) < len(flags):
+        sys.exit("error: a flag is given twice; give all its values after one")
+    process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
     try:
-        main(tyro.cli(Args, description=__doc__))
-        gc.collect()  # gloo aborts at exit where a wrapped model outlives its process group
+        main(args)
+        gc.collect()  # gloo aborts at exit where tensors outlive its process group
         accelerate.PartialState().wait_for_everyone()
         accelerate.PartialState().destroy_process_group()
     except InputError as error:
-        sys.exit(f"error: {error}" if process == "0" else f"error (process {process}): {error}")
+        sys.exit(f"error{process}: {' '.join(str(error).split())}")  # one line
     except torch.OutOfMemoryError as error:
-        remedy = (
-            "lower --rollout-batch or --train-batch, or add --gradient-checkpointing, "
-            "--vae-slicing, --no-t5"
-        )
-        sys.exit(
-            f"error: out of GPU memory ({one_line(error)[:120]}); {remedy}; then --resume latest"
-        )
+        smaller = "lower --rollout-batch or --train-batch, or add --gradient-checkpointing"
+        sys.exit(f"error: out of memory ({str(error)[:120]}); {smaller}, --vae-slicing, --no-t5")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if "No space" not in str(error) and "Read-only" not in str(error):
             raise
-        sys.exit(
-            f"error: --output-dir: cannot be written ({one_line(error)}); make room, then "
-            "--resume latest"
-        )
+        sys.exit(f"error: --output-dir {args.output_dir}: {error}; make room, then --resume latest")
+    except SystemExit as error:
+        raise RuntimeError(f"--reward {args.reward}: the plug-in ended the program") from error
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume latest continues from the newest checkpoint")
+        sys.exit("interrupted; --resume latest goes on from the last checkpoint, if there is one")

@@ -45,7 +45,7 @@ import adrpo_fm_sd3 as sd3
 from benchmark import mini_world_sd3 as world
 
 PROMPTS, GROUP, STEPS, UPDATES, LENGTH = 12, 8, 10, 2, 8
-TARGETS = list(sd3.Args().lora_targets)
+TARGETS = [f"attn.{end}" for end in sd3.PROJECTIONS]
 
 
 def script_seconds(args: sd3.Args, skip: int) -> dict[str, float]:
@@ -58,6 +58,13 @@ def script_seconds(args: sd3.Args, skip: int) -> dict[str, float]:
     return {
         key.removeprefix("charts/"): statistics.median(row[key] for row in rows) for key in keys
     }
+
+
+def velocity(transformer, x, s, condition) -> torch.Tensor:
+    """Velocity from image to noise [B,C,h,w] at latents x and times s [B], without guidance."""
+    embeds, pooled = condition
+    question = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    return transformer(hidden_states=x, timestep=1000 * s, return_dict=False, **question)[0]
 
 
 def timed(function) -> float:
@@ -100,12 +107,12 @@ def small(folder: Path) -> None:
                     s.repeat(twice),
                     tuple(c.repeat(twice, *[1] * (c.dim() - 1)) for c in condition),
                 )
-                sd3.velocity(transformer, *repeated)
+                velocity(transformer, *repeated)
             clip.model.encode_image(pipe.vae.decode(x).sample)
         for _ in range(UPDATES):
             with torch.no_grad():
-                sd3.velocity(reference, x, s, condition)
-            v = sd3.velocity(transformer, x, s, condition)
+                velocity(reference, x, s, condition)
+            v = velocity(transformer, x, s, condition)
             v.backward(x)
             optimizer.zero_grad(set_to_none=True)
 
@@ -120,9 +127,9 @@ def small(folder: Path) -> None:
                 pipe.scheduler.set_timesteps(STEPS)
                 for t in pipe.scheduler.timesteps:
                     s = t.expand(GROUP) / 1000
-                    v = sd3.velocity(transformer, x, s, (own[0], own[2]))
+                    v = velocity(transformer, x, s, (own[0], own[2]))
                     if guidance > 1:
-                        empty = sd3.velocity(transformer, x, s, (own[1], own[3]))
+                        empty = velocity(transformer, x, s, (own[1], own[3]))
                         v = empty + guidance * (v - empty)
                     x = pipe.scheduler.step(v, t, x, return_dict=False)[0]
                 raw = pipe.vae.decode(
@@ -140,8 +147,8 @@ def small(folder: Path) -> None:
                 s = torch.rand(GROUP)
                 x_t, u = sd3.flow_matching_point(x1, torch.randn_like(x1), s)
                 with torch.no_grad():
-                    v_ref = sd3.velocity(reference, x_t, s, own)
-                v = sd3.velocity(transformer, x_t, s, own)
+                    v_ref = velocity(reference, x_t, s, own)
+                v = velocity(transformer, x_t, s, own)
                 (sd3.adrpo_fm_loss(v, v_ref, u, a, 0.25).mean() / PROMPTS).backward()
             optimizer.step()
 
@@ -298,7 +305,7 @@ def full(folder: Path, layers: int = 24, resolution: int = 512, cpu: bool = Fals
             f"{name}, {resolution} px, guidance {args.guidance_scale}, {args.num_steps} steps, "
             f"{label}: {phases['seconds_rollout'] / images:.3f} s per image, "
             f"{phases['seconds_update'] / points:.3f} s per training point, peak "
-            f"{phases['peak_memory_gb']:.1f} GB",
+            f"{phases.get('peak_memory_gb', float('nan')):.1f} GB",
             flush=True,
         )
 

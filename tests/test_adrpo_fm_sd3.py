@@ -6,6 +6,7 @@ skips.
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import math
@@ -23,19 +24,21 @@ from pathlib import Path
 import accelerate
 import numpy as np
 import open_clip
+import pyarrow.parquet
 import pytest
 import scipy.spatial.distance
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file, save_model
 from sklearn.metrics.pairwise import cosine_distances
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms.functional import to_pil_image
 
 import adrpo_fm_sd3 as sd3
+from benchmark import image_rewards
 from benchmark import mini_world_sd3 as world
 from tests import tiny_models
 
@@ -72,6 +75,13 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """Folders of tiny checkpoints of other families."""
+    folder = tmp_path_factory.mktemp("families")
+    return {name: tiny_models.make_flow(folder / name, name) for name in tiny_models.FLOW_FAMILIES}
+
+
+@pytest.fixture(scope="session")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(PROMPTS))
@@ -88,12 +98,23 @@ def reset_accelerate():
     accelerate.state.GradientState._reset_state()
 
 
+def merged(flags):
+    """These flags, each once: the script refuses one that is given twice; here the last counts."""
+    given = {}
+    for word in map(str, flags):
+        if word.startswith("--"):
+            given[name := word] = []
+        else:
+            given[name].append(word)
+    return [word for name, values in given.items() for word in (name, *values)]
+
+
 def run_script(*flags):
     """The script with these flags, in this process: (exit message or code, standard output,
     standard error)."""
     reset_accelerate()
     arguments, code = sys.argv, 0
-    sys.argv = [str(SCRIPT), *map(str, flags)]
+    sys.argv = [str(SCRIPT), *merged(flags)]
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -173,16 +194,17 @@ def test_losses_against_slow_loops():
         assert pair[i].item() == pytest.approx(math.log(1 + math.exp(2.5 * (gain[0] - gain[1]))))
 
 
-@pytest.mark.parametrize("normalize", ["none", "group", "global"])
+@pytest.mark.parametrize("normalize", ["none", "group", "global", "base"])
 @pytest.mark.parametrize("clip_k", [None, 0.5, 2.0])
 def test_group_advantage_against_a_loop(normalize, clip_k):
     rewards, beta0 = numbers(3, 5) * torch.tensor([[1.0], [4.0], [0.1]], dtype=torch.float64), 0.4
-    got = sd3.group_advantage(rewards, beta0, clip_k, normalize)
+    got = sd3.group_advantage(rewards, beta0, clip_k, normalize, 0.7)
     for p, row in enumerate(rewards.tolist()):
         scale = {
             "none": 1.0,
             "group": np.std(row, ddof=1) + 1e-4,
             "global": rewards.std().item() + 1e-4,
+            "base": 0.7,
         }[normalize]
         for g, value in enumerate(row):
             expected = (value - sum(row) / 5) / scale
@@ -195,6 +217,10 @@ def test_constant_groups_are_kept():
     rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])
     assert sd3.group_advantage(rewards, 0.25, 4.0, "global")[0].tolist() == [0, 0, 0]
     assert sd3.group_advantage(rewards[:1], 0.25, 4.0, "group").isfinite().all()
+    for value in (0.1, 21.6, 1e3 / 3):  # no binary fractions: their mean over a group is rounded
+        equal = torch.full((2, 7), value)
+        for normalize in ("none", "group", "global"):
+            assert sd3.group_advantage(equal, 0.25, None, normalize).abs().max() == 0
 
 
 def test_orw_weights_have_mean_one_per_group_and_are_ratios_of_exponentials():
@@ -214,10 +240,8 @@ def test_training_samples():
 
 @pytest.mark.parametrize("draws", [1, 3, 6])
 def test_points_are_shared_as_asked(draws):
-    generator = torch.Generator().manual_seed(3)
-    s, noise = sd3.draw_points(
-        generator, (2, 4, 4), "uniform", groups=5, repeats=2, draws=draws, group=6
-    )
+    args = sd3.Args(prompts_per_update=5, timesteps_per_sample=2, group_size=6)
+    s, noise = sd3.draw_points(torch.Generator().manual_seed(3), (2, 4, 4), args, draws)
     assert s.shape == (60,)
     assert noise.shape == (60, 2, 4, 4)
     assert ((s >= 0) & (s <= 1)).all()
@@ -229,13 +253,16 @@ def test_points_are_shared_as_asked(draws):
         assert (noise[:, :, part] == noise[:, :, part][:, :, :1]).all()
 
 
-def test_logit_normal_times():
-    s, _ = sd3.draw_points(
-        torch.Generator().manual_seed(0), (1, 1, 1), "logit-normal", 4000, 1, 1, 1
-    )
-    logits = torch.logit(s)
-    assert abs(logits.mean()) < 0.05
-    assert abs(logits.std() - 1) < 0.05
+def test_logit_normal_and_shifted_times():
+    options = {"prompts_per_update": 4000, "timesteps_per_sample": 1, "group_size": 2}
+    args = sd3.Args(**options, timestep_distribution="logit-normal")
+    s, _ = sd3.draw_points(torch.Generator().manual_seed(0), (1,), args, 1)
+    assert abs(torch.logit(s).mean()) < 0.05
+    assert abs(torch.logit(s).std() - 1) < 0.05
+    args.timestep_shift = 3.0
+    shifted, _ = sd3.draw_points(torch.Generator().manual_seed(0), (1,), args, 1)
+    torch.testing.assert_close(shifted, 3 * s / (1 + 2 * s))
+    assert abs(shifted.median() - 0.75) < 0.02
 
 
 def test_flow_matching_point_is_the_path_and_its_derivative():
@@ -253,16 +280,13 @@ def test_flow_matching_point_is_the_path_and_its_derivative():
 
 @pytest.mark.parametrize("count,per_update", [(7, 3), (4, 4), (3, 8)])
 def test_every_pass_draws_every_prompt_once(count, per_update):
-    drawn = [row for i in range(21) for row in sd3.draw_prompts(count, per_update, i, seed=5)]
+    prompts = [f"prompt {i}" for i in range(count)]
+    schedule = sd3.draw_prompts(prompts, per_update, 21, seed=5)
+    assert {len(drawn) for drawn in schedule} == {per_update}
+    drawn = [prompt for part in schedule for prompt in part]
     for start in range(0, len(drawn) - count + 1, count):
-        assert sorted(drawn[start : start + count]) == list(range(count))
-
-
-@pytest.mark.parametrize("count,processes", [(8, 2), (7, 2), (5, 4), (1, 3)])
-def test_shares_cover_everything_in_order(count, processes):
-    shares = [sd3.my_share(count, rank, processes) for rank in range(processes)]
-    assert len({len(share) for share in shares}) == 1
-    assert [i for share in shares for i in share][:count] == list(range(count))
+        assert sorted(drawn[start : start + count]) == prompts
+    assert sd3.draw_prompts(prompts, per_update, 4, seed=5) == schedule[:4]
 
 
 def test_diversities_against_scipy_and_sklearn():
@@ -275,115 +299,167 @@ def test_diversities_against_scipy_and_sklearn():
         assert sd3.pairwise_distance(features)[p].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_summarise_is_mean_and_standard_error_over_prompts():
-    values, features = torch.tensor([1.0, 3.0, 5.0, 5.0, 0.0, 4.0]), numbers(6, 4)
-    figures = sd3.summarise({"r": values}, features, 2)
-    assert figures["r"] == pytest.approx((3.0, np.std([2, 5, 2], ddof=1) / math.sqrt(3)))
-    assert set(figures) == {"r", "clip_diversity", "clip_distance"}
-
-
 # ----------------------------------------------------------------------- B. against stock diffusers
 
 
-def tools(folder):
-    pipe = tiny_models.load_sd3(folder)
-    embeds, pooled = sd3.encode_prompts(pipe, [*PROMPTS[:3], ""], 8, torch.device("cpu"))
-    return pipe, embeds, pooled
+def open_flow(folder, guidance=1.0, dtype=torch.float32, **options):
+    """The pipeline of a folder as the script opens and proves it: (flow, error of the proof)."""
+    args = sd3.Args(resolution=32, max_sequence_length=16, guidance_scale=guidance, **options)
+    pipe = sd3.load_pipeline(str(folder), None, dtype)
+    return sd3.prove(sd3.open_flow(pipe, args, [*PROMPTS[:4], ""], torch.device("cpu")), PROMPTS[0])
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_a_rollout_is_what_the_stock_pipeline_draws(models, style, guidance):
-    noise = numbers(3, 8, 8, 8, dtype=torch.float32)
+    noise = numbers(4, 8, 8, 8, dtype=torch.float32)
     stock = tiny_models.load_sd3(models[style])
-    settings = {"num_inference_steps": 4, "guidance_scale": guidance, "max_sequence_length": 8}
-    latents = stock(PROMPTS[:3], latents=noise.clone(), output_type="latent", **settings).images
-    images = stock(PROMPTS[:3], latents=noise.clone(), output_type="pt", **settings).images
-    pipe, embeds, pooled = tools(models[style])
-    pipe.transformer.add_adapter(sd3.LoraConfig(r=4, target_modules=["attn.to_q", "attn.to_v"]))
-    for name, parameter in pipe.transformer.named_parameters():
+    settings = {"num_inference_steps": 4, "guidance_scale": guidance, "max_sequence_length": 16}
+    latents = stock(PROMPTS[:4], latents=noise.clone(), output_type="latent", **settings).images
+    images = stock(PROMPTS[:4], latents=noise.clone(), output_type="pt", **settings).images
+    flow, error = open_flow(models[style], guidance)
+    assert (error, flow.offset, flow.slope, flow.sign) == (0, 0, 1000, 1)
+    sd3.add_lora(flow.pipe.transformer, sd3.Args(lora_rank=4))
+    for name, parameter in flow.pipe.transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    times = sd3.sampling_times(pipe.scheduler, 4, 16)
-    conditions = (embeds[:3], pooled[:3]), (embeds[3:], pooled[3:])
-    tuned = sd3.sample(pipe.transformer, noise, times, *conditions, guidance)
-    with sd3.reference_policy(pipe.transformer, None) as reference:
-        mine = sd3.sample(reference, noise, times, *conditions, guidance)
+    tuned, _ = sd3.sample(flow, PROMPTS[:4], noise, 4)
+    flow.pipe.transformer.disable_adapters()
+    mine, my_images = sd3.sample(flow, PROMPTS[:4], noise, 4)
+    flow.pipe.transformer.enable_adapters()
     torch.testing.assert_close(mine, latents, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sd3.decode(pipe.vae, mine), images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(my_images, images, rtol=1e-4, atol=1e-4)
     assert (tuned - latents).abs().max() > 0.01
-    again = sd3.sample(pipe.transformer, noise, times, *conditions, guidance)
+    again, _ = sd3.sample(flow, PROMPTS[:4], noise, 4)
     torch.testing.assert_close(again, tuned, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"shift": 3.0}, {"use_dynamic_shifting": True}])
-def test_times_are_those_of_the_stock_pipeline(models, options):
-    pipe = tiny_models.load_sd3(models["sd3"])
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **options)
-    pipe(
-        PROMPTS[0],
-        num_inference_steps=5,
-        guidance_scale=1.0,
-        max_sequence_length=8,
-        output_type="latent",
-    )
-    stock = pipe.scheduler.sigmas.clone()
-    torch.testing.assert_close(sd3.sampling_times(pipe.scheduler, 5, 16), stock, rtol=0, atol=0)
-    assert len(stock) == 6
-
-
-def test_prompts_are_encoded_as_the_stock_pipeline_does_and_the_encoders_freed(models):
+def test_prompts_are_encoded_once_and_the_encoders_freed(models):
     stock = tiny_models.load_sd3(models["sd3"])
     with torch.no_grad():
-        expected = stock.encode_prompt(PROMPTS[1], None, None, max_sequence_length=8)
-    pipe, embeds, pooled = tools(models["sd3"])
-    assert not embeds.requires_grad
-    torch.testing.assert_close(embeds[1:2], expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(pooled[1:2], expected[2], rtol=1e-5, atol=1e-5)
-    # the empty prompt of guidance
-    torch.testing.assert_close(embeds[3:], expected[1], rtol=1e-5, atol=1e-5)
+        expected = stock.encode_prompt(PROMPTS[1], None, None, max_sequence_length=16)
+    flow, _ = open_flow(models["sd3"], guidance=2.0)
+    pipe = flow.pipe
     assert pipe.text_encoder is pipe.text_encoder_2 is pipe.text_encoder_3 is None
+    question = sd3.ask(flow, [PROMPTS[0], PROMPTS[1], PROMPTS[1]])
+    assert len(question["encoder_hidden_states"]) == 3
+    assert not question["encoder_hidden_states"].requires_grad
+    torch.testing.assert_close(question["encoder_hidden_states"][1:2], expected[0])
+    torch.testing.assert_close(question["pooled_projections"][2:], expected[2])
+    # the empty prompt of guidance is kept once
+    negatives = {id(results[1]) for results in flow.memory.known.values()}
+    assert len(negatives) == 1
+
+
+def test_parts_of_a_batch_have_conditions_of_one_shape():
+    flow = types.SimpleNamespace(memory=types.SimpleNamespace(shapes={"a": 1, "b": 1, "c": 2}))
+    cut = [(part.start, part.stop) for part in sd3.batches(flow, list("aabbbccab"), 4)]
+    assert cut == [(0, 4), (4, 5), (5, 7), (7, 9)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", tiny_models.FLOW_FAMILIES)
+def test_other_families_are_tuned(models, base_flags, families, tmp_path, family, precision):
+    flags = ["--model-id", families[family], "--precision", precision, "--output-dir", tmp_path]
+    flags += ["--run-name", "r", "--updates-per-iteration", "1"]
+    out = finish(*base_flags, "--max-sequence-length", "16", *flags)
+    rows = read_metrics(tmp_path / "r")
+    assert rows[1]["losses/divergence"] == 0 < rows[2]["losses/divergence"]
+    assert rows[0]["eval/w2"] == 0 < rows[2]["eval/w2"]
+    sign = {"lumina2": "time is 1 -1 s, sign -1"}.get(family, "sign +1")
+    assert sign in out
+    assert "velocity equal to 0e+00" in out
+
+
+def prepared(folder, **changes):
+    """A pipeline whose scheduler is changed, not yet proven."""
+    args = sd3.Args(resolution=32, max_sequence_length=16, guidance_scale=1.0)
+    pipe = sd3.load_pipeline(str(folder), None, torch.float32)
+    flow = sd3.open_flow(pipe, args, PROMPTS[:2], torch.device("cpu"))
+    if changes:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    return flow
+
+
+def test_what_is_no_flow_matching_is_refused(models, monkeypatch):
+    flow = prepared(models["sd3"], stochastic_sampling=True)  # draws noise at every step
+    with pytest.raises(sd3.InputError, match="first step by"):
+        sd3.prove(flow, PROMPTS[0])
+    flow = prepared(models["sd3"], invert_sigmas=True)
+    with pytest.raises(sd3.InputError, match="do not fall from 1 to 0: no flow matching"):
+        sd3.prove(flow, PROMPTS[0])
+    flow = prepared(models["sd3"])  # noise levels above 1, as epsilon- and v-models have them
+    flow.pipe.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(sd3.InputError, match="no flow matching"):
+        sd3.prove(flow, PROMPTS[0])
+    flow.pipe.scheduler = DDIMScheduler()
+    with pytest.raises(sd3.InputError, match="its scheduler has no sigmas"):
+        sd3.prove(flow, PROMPTS[0])
+
+
+def test_a_time_that_is_not_linear_is_refused(models):
+    flow = prepared(models["sd3"])
+    call = flow.pipe.scheduler.set_timesteps
+
+    def bent(*args, **kwargs):
+        call(*args, **kwargs)
+        flow.pipe.scheduler.timesteps = flow.pipe.scheduler.timesteps.square() / 1000
+
+    flow.pipe.scheduler.set_timesteps = bent
+    with pytest.raises(sd3.InputError, match="no linear function of sigma"):
+        sd3.prove(flow, PROMPTS[0])
+
+
+@pytest.mark.parametrize("family", ["sd3", "lumina2"])
+def test_an_untrained_base_passes_with_the_right_sign(models, families, family):
+    flow = prepared((models | families)[family])
+    transformer = flow.pipe.transformer
+    last = transformer.proj_out if family == "sd3" else transformer.norm_out.linear_2
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    flow, error = sd3.prove(flow, PROMPTS[0])
+    assert (error, flow.sign) == (0, {"sd3": 1, "lumina2": -1}[family])
+    torch.nn.init.constant_(last.bias, math.nan)
+    with pytest.raises(sd3.InputError, match="does not follow its transformer's velocity"):
+        sd3.prove(flow, PROMPTS[0])
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_reference_is_exactly_the_policy_before_training(models, style):
-    pipe, embeds, pooled = tools(models[style])
-    transformer = pipe.transformer
+    flow, _ = open_flow(models[style])
+    transformer = flow.pipe.transformer
     x, s = numbers(3, 8, 8, 8, dtype=torch.float32), torch.tensor([0.1, 0.5, 0.9])
-    plain = sd3.velocity(transformer, x, s, (embeds[:3], pooled[:3])).detach()
-    transformer.requires_grad_(False)
-    targets = list(sd3.Args().lora_targets)
-    transformer.add_adapter(
-        sd3.LoraConfig(r=4, init_lora_weights="gaussian", target_modules=targets)
-    )
-    policy = sd3.velocity(transformer, x, s, (embeds[:3], pooled[:3]))
-    with sd3.reference_policy(transformer, None) as network:
-        reference = sd3.velocity(network, x, s, (embeds[:3], pooled[:3]))
+    question = sd3.ask(flow, PROMPTS[:3])
+    plain = sd3.velocity(flow, question, x, s).detach()
+    lora = sd3.add_lora(transformer, sd3.Args(lora_rank=4))
+    policy = sd3.velocity(flow, question, x, s)
+    transformer.disable_adapters()
+    reference = sd3.velocity(flow, question, x, s)
+    transformer.enable_adapters()
     assert torch.equal(policy, reference)
     assert torch.equal(plain, reference)
-    assert sd3.mean_square(policy - reference).sum().item() == 0
+    policy = sd3.velocity(flow, question, x, s)
     policy.square().mean().backward()  # and the LoRA still trains after the reference was asked
+    names = {name for name, p in transformer.named_parameters() if p.grad is not None}
     trained = {
-        name
-        for name, p in transformer.named_parameters()
-        if p.grad is not None and p.grad.abs().sum() > 0
+        n for n, p in transformer.named_parameters() if n in names and p.grad.abs().sum() > 0
     }
     assert trained
     assert all("lora_B" in name for name in trained)
+    assert all(parameter.dtype == torch.float32 for parameter in lora)
 
 
-def test_all_attention_projections_get_a_lora(models):
-    pipe = tiny_models.load_sd3(models["sd3.5"])
-    pipe.transformer.add_adapter(sd3.LoraConfig(r=4, target_modules=list(sd3.Args().lora_targets)))
-    names = {
-        n.rpartition(".lora_A")[0] for n, _ in pipe.transformer.named_parameters() if ".lora_A" in n
-    }
-    linear = {
-        n
-        for n, m in tiny_models.load_sd3(models["sd3.5"]).transformer.named_modules()
-        if isinstance(m, torch.nn.Linear)
-    }
-    assert names == {name for name in linear if ".attn." in name}
+def test_all_attention_projections_get_a_lora(models, families):
+    for folder, layers in (
+        (models["sd3.5"], (".attn.",)),
+        (families["sana"], (".attn1.", ".attn2.")),
+    ):
+        transformer = sd3.load_pipeline(str(folder), None, torch.float32).transformer
+        linear = {n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+        sd3.add_lora(transformer, sd3.Args(lora_rank=4))
+        tuned = {n for n, _ in transformer.named_parameters() if ".lora_A" in n}
+        names = {name.rpartition(".lora_A")[0] for name in tuned}
+        assert names == {name for name in linear if any(part in name for part in layers)}
 
 
 # --------------------------------------------------------------------------------------- C. rewards
@@ -428,7 +504,7 @@ def clip_processor(folder, size=32):
 
 
 @torch.no_grad()
-def test_pickscore_is_its_cards_formula(tmp_path, images):
+def test_pickscore_is_its_cards_formula(tmp_path, images, monkeypatch):
     torch.manual_seed(0)
     small = {
         "hidden_size": 32,
@@ -451,13 +527,22 @@ def test_pickscore_is_its_cards_formula(tmp_path, images):
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "processor")
     inputs = processor(text=PROMPTS[:4], images=as_pil(images), padding=True, return_tensors="pt")
     expected = model(**inputs).logits_per_image.diagonal()
-    function = sd3.pickscore_reward(tmp_path / "model", tmp_path / "processor", torch.device("cpu"))
+    monkeypatch.setenv("PICKSCORE_MODEL", str(tmp_path / "model"))
+    monkeypatch.setenv("PICKSCORE_PROCESSOR", str(tmp_path / "processor"))
+    image_rewards.load_pickscore.cache_clear()
+    function = image_rewards.pickscore
     got = sd3.score("pickscore", function, images, PROMPTS[:4], [{}] * 4)
     torch.testing.assert_close(got, expected, rtol=0.01, atol=0.02)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    renamed = {f"module.{name}": value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    image_rewards.load_pickscore.cache_clear()
+    with pytest.raises(ValueError, match="PICKSCORE_MODEL=.* weights are not in its files"):
+        image_rewards.pickscore(images, PROMPTS[:4], [{}] * 4)
 
 
 @torch.no_grad()
-def test_blip_is_the_cosine_of_the_itc_features(tmp_path, images):
+def test_blip_is_the_cosine_of_the_itc_features(tmp_path, images, monkeypatch):
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *world.WORDS]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -483,7 +568,9 @@ def test_blip_is_the_cosine_of_the_itc_features(tmp_path, images):
     image_processor = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
     processor = transformers.BlipProcessor(image_processor, tokenizer)
     processor.save_pretrained(tmp_path / "blip")
-    function = sd3.blip_reward(tmp_path / "blip", torch.device("cpu"))
+    monkeypatch.setenv("BLIP_MODEL", str(tmp_path / "blip"))
+    image_rewards.load_blip.cache_clear()
+    function = image_rewards.blip
     got = sd3.score("blip", function, images, PROMPTS[:4], [{}] * 4)
     for i, picture in enumerate(as_pil(images)):  # one by one, by the stock processor
         inputs = processor(images=picture, text=PROMPTS[i], return_tensors="pt")
@@ -494,14 +581,16 @@ def test_blip_is_the_cosine_of_the_itc_features(tmp_path, images):
 
 
 @torch.no_grad()
-def test_aesthetic_is_laions_head_on_unit_clip_features(tmp_path, images):
+def test_aesthetic_is_laions_head_on_unit_clip_features(tmp_path, images, monkeypatch):
     data = os.environ.get("ADRPO_DATA")
-    path = Path(data or "") / sd3.AESTHETIC_NAME
+    path = Path(data or "") / image_rewards.AESTHETIC_NAME
     if not data or not path.is_file():
         pytest.skip("LAION's aesthetic head is not in ADRPO_DATA")
-    wide = sd3.Clip(
-        f"local-dir:{tiny_models.make_clip(tmp_path / 'wide', 768)}", None, torch.device("cpu")
-    )
+    name = f"local-dir:{tiny_models.make_clip(tmp_path / 'wide', 768)}"
+    wide = sd3.Clip(name, None, torch.device("cpu"))
+    monkeypatch.setenv("AESTHETIC_CLIP", name)
+    monkeypatch.setenv("AESTHETIC_WEIGHTS", str(path))
+    image_rewards.load_aesthetic.cache_clear()
     head = torch.nn.Sequential(
         torch.nn.Linear(768, 1024),
         torch.nn.Dropout(0.2),
@@ -514,90 +603,44 @@ def test_aesthetic_is_laions_head_on_unit_clip_features(tmp_path, images):
     ).eval()
     state = torch.load(path, map_location="cpu", weights_only=True)
     head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
-    function = sd3.aesthetic_reward(wide, str(path), torch.device("cpu"))
-    got = sd3.score("aesthetic", function, images, PROMPTS[:4], [{}] * 4)
+    got = sd3.score("aesthetic", image_rewards.aesthetic, images, PROMPTS[:4], [{}] * 4)
     torch.testing.assert_close(
         got, head(F.normalize(wide.image(images)))[:, 0], rtol=1e-5, atol=1e-5
     )
 
 
-def test_aesthetic_refuses_another_clip(clip, tmp_path):
-    weights = {
-        f"layers.{i}.{kind}": torch.zeros(4, 768)
-        for i in (0, 2, 4, 6, 7)
-        for kind in ("weight", "bias")
-    }
-    torch.save(weights, tmp_path / "head.pth")
-    with pytest.raises(
-        sd3.InputError,
-        match="--clip-model: aesthetic needs ViT-L-14's 768 features, this model has 64",
-    ):
-        sd3.aesthetic_reward(clip, str(tmp_path / "head.pth"), torch.device("cpu"))
-
-
-def test_imagereward_is_imported_only_when_asked_for(monkeypatch, images):
-    monkeypatch.setitem(sys.modules, "imscore", None)
-    with pytest.raises(sd3.InputError, match="--reward imagereward: .*pip install imscore"):
-        sd3.imagereward_reward("somewhere", torch.device("cpu"))
-
-    class ImageReward(torch.nn.Module):
-        @classmethod
-        def from_pretrained(cls, name):
-            return cls()
-
-        def score(self, pixels, prompts):
-            return pixels.mean(dim=(1, 2, 3))[:, None] + len(prompts[0])
-
-    package = types.ModuleType("imscore")
-    module = types.ModuleType("imscore.imreward.model")
-    module.ImageReward = ImageReward
-    for name, value in {
-        "imscore": package,
-        "imscore.imreward": package,
-        "imscore.imreward.model": module,
-    }.items():
-        monkeypatch.setitem(sys.modules, name, value)
-    function = sd3.imagereward_reward("somewhere", torch.device("cpu"))
-    got = sd3.score("imagereward", function, images, PROMPTS[:4], [{}] * 4)
-    torch.testing.assert_close(got, images.mean(dim=(1, 2, 3)) + len(PROMPTS[0]))
-
-
 @torch.no_grad()
-def test_imagereward_works_with_the_package_itself(monkeypatch, tmp_path, images):
+def test_imagereward_is_loaded_strictly(monkeypatch, tmp_path, images):
     """imscore's own network with random weights: it builds and scores under this version of
-    transformers."""
-    model = pytest.importorskip("imscore.imreward.model")
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *world.WORDS])
-    )
+    transformers, and a file that lacks a weight is refused."""
+    package = pytest.importorskip("imscore.imreward.model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *world.WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
     make = transformers.BertTokenizer
     monkeypatch.setattr(make, "from_pretrained", lambda name: make(str(tmp_path / "vocab.txt")))
+    property_ = property(lambda self: self.convert_tokens_to_ids(["[ENC]"]))
+    monkeypatch.setattr(make, "additional_special_tokens_ids", property_, raising=False)
     torch.manual_seed(0)
-    monkeypatch.setattr(model.ImageReward, "from_pretrained", lambda name: model.ImageReward())
-    function = sd3.imagereward_reward("somewhere", torch.device("cpu"))
+    model = package.ImageReward().eval()
+    save_model(model, tmp_path / "model.safetensors")
+    monkeypatch.setenv("IMAGEREWARD_MODEL", str(tmp_path))
+    image_rewards.load_imagereward.cache_clear()
+    function = image_rewards.imagereward
     scores = sd3.score("imagereward", function, images[:2], PROMPTS[:2], [{}] * 2)
-    assert scores.shape == (2,)
+    torch.testing.assert_close(scores, model.score(images[:2], PROMPTS[:2]).flatten())
     assert scores[0] != scores[1]
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(iter(weights))]
+    save_file(weights, tmp_path / "model.safetensors")
+    image_rewards.load_imagereward.cache_clear()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        image_rewards.imagereward(images[:2], PROMPTS[:2], [{}] * 2)
 
 
-@pytest.mark.parametrize(
-    "function,message",
-    [
-        (lambda images, prompts, metadata: [1.0], r"returned shape \[1\] for 4 images"),
-        (
-            lambda images, prompts, metadata: [1.0, math.nan, 0, 0],
-            "returned nan for the prompt 'a handwritten blue zero'",
-        ),
-        (
-            lambda images, prompts, metadata: 1 / 0,
-            "raised ZeroDivisionError at test_adrpo_fm_sd3.py:",
-        ),
-        (lambda images, prompts, metadata: "high", "raised .*Error"),
-    ],
-)
-def test_a_wrong_reward_is_named(images, function, message):
-    with pytest.raises(sd3.InputError, match=message):
-        sd3.score("mine", function, images, PROMPTS[:4], [{}] * 4)
+@pytest.mark.parametrize("values", [[1.0], [1.0, math.nan, 0, 0]])
+def test_a_wrong_reward_is_named(images, values):
+    with pytest.raises(sd3.InputError, match="--reward mine: must give 4 finite floats"):
+        sd3.score("mine", lambda *_: values, images, PROMPTS[:4], [{}] * 4)
 
 
 @pytest.mark.parametrize("make", [list, np.asarray, lambda v: torch.tensor(v, dtype=torch.float64)])
@@ -610,31 +653,66 @@ def test_rewards_may_be_list_array_or_tensor(images, make):
 # --------------------------------------------------------------------------------------- D. prompts
 
 
+def read(path, column=None):
+    return sd3.load_rows("prompts", str(path), column, None)
+
+
 def test_text_prompts_are_unique_and_keep_their_order(tmp_path):
-    (tmp_path / "p.txt").write_text("b\n\n a \nb\nc\n")
-    assert sd3.load_rows("prompts", str(tmp_path / "p.txt"), None, None) == (
-        ["b", "a", "c"],
-        [{}] * 3,
-    )
+    (tmp_path / "p.txt").write_bytes("\ufeffb\n\n a \r\nb\nc\u2028d\n".encode())
+    texts, metadata, unused, source = read(tmp_path / "p.txt")
+    assert (texts, metadata) == (["b", "a", "c\u2028d"], [{}] * 3)  # no byte order mark
+    assert unused == "--prompts: of 4 rows 0 without a prompt, 1 repeated: not used"
+    assert source == str(tmp_path / "p.txt")
 
 
-def test_jsonl_prompts_bring_their_metadata(tmp_path):
-    rows = [{"caption": "x", "digit": 3}, {"caption": "y", "digit": None}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts, metadata = sd3.load_rows("prompts", str(tmp_path / "p.jsonl"), None, None)
-    assert (texts, metadata) == (["x", "y"], [{"digit": 3}, {"digit": None}])
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "list.json", "p.parquet", "p.csv"])
+def test_tables_bring_their_metadata_and_say_what_is_not_used(tmp_path, name):
+    rows = [{"caption": "x", "digit": 3}, {"caption": "", "digit": 1}, {"caption": "y", "digit": 5}]
+    rows.append({"caption": "x", "digit": 4})
+    if name == "list.json":
+        (tmp_path / name).write_text(json.dumps(rows, indent=2))
+    elif name == "p.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    elif name == "p.csv":
+        lines = [f"{row['caption']},{row['digit']}" for row in rows]
+        (tmp_path / name).write_text("\n".join(["caption,digit", *lines]))
+    else:
+        (tmp_path / name).write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows))
+    texts, metadata, unused, _ = read(tmp_path / name)
+    kind = str if name == "p.csv" else int
+    assert (texts, metadata) == (["x", "y"], [{"digit": kind(3)}, {"digit": kind(5)}])
+    assert unused == "--prompts: of 4 rows 1 without a prompt, 1 repeated: not used"
+
+
+def test_a_json_list_of_strings_is_read(tmp_path):
+    (tmp_path / "p.json").write_text('["a red cat", "a blue dog"]')
+    assert read(tmp_path / "p.json")[0] == ["a red cat", "a blue dog"]
 
 
 def test_a_dataset_folder_is_read_by_the_datasets_library(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.csv").write_text("Prompts,n\nred,1\nblue,2\n")
-    texts, metadata = sd3.load_rows("prompts", str(tmp_path / "data"), "Prompts", None)
+    texts, metadata, _, source = read(tmp_path / "data", "Prompts")
     assert (texts, metadata) == (["red", "blue"], [{"n": 1}, {"n": 2}])
+    assert source == str(tmp_path / "data")
+
+
+def test_a_configuration_of_a_dataset_can_be_named(tmp_path):
+    for name in ("main", "other"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "train.csv").write_text(f"prompt\n{name}\n")
+    configurations = "".join(
+        f"- config_name: {name}\n  data_files: {name}/*.csv\n" for name in ("main", "other")
+    )
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
+    assert read(f"{tmp_path / 'set'}:other")[0] == ["other"]
+    with pytest.raises(sd3.InputError, match=r"main.*NAME\[:CONFIGURATION\]"):
+        read(tmp_path / "set")
 
 
 def test_every_tenth_prompt_is_held_out_and_not_trained_on(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(25)))
-    train, heldout, note = sd3.load_prompts(sd3.Args(prompts=str(tmp_path / "p.txt")))
+    train, heldout, note, _ = sd3.load_prompts(sd3.Args(prompts=str(tmp_path / "p.txt")))
     assert list(heldout) == ["prompt 0", "prompt 10", "prompt 20"]
     assert len(train) == 22
     assert not train.keys() & heldout.keys()
@@ -645,26 +723,26 @@ def test_real_prompt_files():
     folder = Path(os.environ.get("ADRPO_DATA", "")) / "prompts"
     if not os.environ.get("ADRPO_DATA") or not folder.is_dir():
         pytest.skip("no prompts in ADRPO_DATA")
-    train, heldout, _ = sd3.load_prompts(sd3.Args(prompts=str(folder / "drawbench.txt")))
+    train, heldout, *_ = sd3.load_prompts(sd3.Args(prompts=str(folder / "drawbench.txt")))
     assert (len(train), len(heldout)) == (180, 20)
     other = sd3.Args(
         prompts=str(folder / "drawbench.txt"), eval_prompts=str(folder / "pickscore_test.txt")
     )
-    train, heldout, note = sd3.load_prompts(other)
+    train, heldout, note, _ = sd3.load_prompts(other)
     assert (len(train), len(heldout)) == (200, 32)
-    assert note == "none of the evaluation prompts is trained on"
+    assert "0 of the" in note and "not held-out" not in note
 
 
 def test_evaluating_on_training_prompts_is_said(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("one\ntwo\nthree")
-    _, _, note = sd3.load_prompts(sd3.Args(prompts=str(path), eval_prompts=str(path)))
-    assert note == "3 of the 3 evaluation prompts are training prompts: that is not held-out"
+    _, _, note, _ = sd3.load_prompts(sd3.Args(prompts=str(path), eval_prompts=str(path)))
+    assert note == "3 of the 3 evaluation prompts are trained on: that is not held-out"
     (tmp_path / "other.txt").write_text("four")
-    _, _, note = sd3.load_prompts(
+    _, _, note, _ = sd3.load_prompts(
         sd3.Args(prompts=str(path), eval_prompts=str(tmp_path / "other.txt"))
     )
-    assert note == "none of the evaluation prompts is trained on"
+    assert "0 of the" in note and "not held-out" not in note
 
 
 # ----------------------------------------------------------------- E. the program as a user runs it
@@ -683,7 +761,8 @@ def test_a_run_leaves_everything_behind(runs, style):
     }
     expected |= {f"samples/{step:06d}.png" for step in range(3)} | {"samples/prompts.txt"}
     expected |= {f"samples/final/{p:04d}_{i:02d}.png" for p in range(2) for i in range(2)}
-    expected |= {"checkpoints/000001.pt", "checkpoints/000002.pt"}
+    expected |= {"checkpoint.pt", "checkpoint-previous.pt"}
+    expected |= {f"adapters/{step:06d}/pytorch_lora_weights.safetensors" for step in (1, 2)}
     assert {name for name in names if "tfevents" not in name} == expected
     record = json.loads((run / "args.json").read_text())
     assert record["args"]["lora_rank"] == 4
@@ -692,6 +771,12 @@ def test_a_run_leaves_everything_behind(runs, style):
     )
     assert "held out" in out
     assert f'pipe.load_lora_weights("{run / "final"}")' in out
+    name = "pytorch_lora_weights.safetensors"
+    final, kept = load_file(run / "final" / name), load_file(run / "adapters" / "000002" / name)
+    assert all(torch.equal(final[key], kept[key]) for key in final | kept)
+    # no more than the trained weights, twice more in the optimiser
+    weights = sum(value.numel() * 4 for value in final.values())
+    assert (run / "checkpoint.pt").stat().st_size < 3 * weights + 300 * len(final) * 3 + 20_000
     assert Image.open(run / "samples" / "final" / "0001_01.png").size == (32, 32)
 
 
@@ -753,25 +838,46 @@ def test_the_lora_loads_in_the_stock_pipeline_with_identical_output(models, runs
     tuned = stock(PROMPTS[:2], latents=noise.clone(), **settings).images
     # the same from the weights in the run's checkpoint, put into a model as the script builds it
     memory = tiny_models.load_sd3(models[style])
-    config = sd3.LoraConfig(r=4, lora_alpha=8, target_modules=list(sd3.Args().lora_targets))
-    memory.transformer.add_adapter(config)
-    weights = sd3.load_checkpoint(run)["model"]
-    missing, unexpected = memory.transformer.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert not [name for name in missing if "lora" in name]
+    memory.transformer.requires_grad_(False)
+    lora = sd3.add_lora(memory.transformer, sd3.Args(lora_rank=4, lora_alpha=8))
+    weights = sd3.load_checkpoint(run)["lora"]
+    for parameter, value in zip(lora, weights, strict=True):
+        parameter.data.copy_(value)
     expected = memory(PROMPTS[:2], latents=noise.clone(), **settings).images
     torch.testing.assert_close(tuned, expected, rtol=0, atol=0)
     assert (tuned - untuned).abs().max() > 1e-3
-    assert any(weights[name].abs().max() > 0 for name in weights if "lora_B" in name)
 
 
-def test_only_the_lora_is_trained(models, runs):
-    base = load_file(models["sd3"] / "transformer" / "diffusion_pytorch_model.safetensors")
-    weights = sd3.load_checkpoint(runs["sd3"][0])["model"]
-    trained = {name for name in weights if name not in base}
-    assert trained
-    assert all("lora_" in name for name in trained)
-    assert all(torch.equal(weights[name], base[name]) for name in weights.keys() & base.keys())
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_printed_lines_load_the_result_on_half_precision_files(
+    models, families, base_flags, tmp_path, family
+):
+    """SD3's files are fp16: the lines must say the dtype. Run as printed."""
+    folder = tmp_path / "half"
+    half = {"default": torch.float16}
+    DiffusionPipeline.from_pretrained((models | families)[family], dtype=half).save_pretrained(
+        folder
+    )
+    flags = ["--max-sequence-length", "16", "--output-dir", tmp_path, "--run-name", "r"]
+    out = finish(*base_flags, "--model-id", folder, *flags)
+    lines = out[out.index("import torch\n") :]
+    space = {}
+    exec(lines, space)
+    pipe, shape = space["pipe"], (2, 8, 8, 8) if family == "sd3" else (2, 16, 32)
+    noise = numbers(*shape, dtype=torch.float32)
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": 16}
+    settings |= {"height": 32, "width": 32, "output_type": "latent"}
+    tuned = pipe(PROMPTS[:2], latents=noise.clone(), **settings).images
+    pipe.unload_lora_weights()
+    untuned = pipe(PROMPTS[:2], latents=noise.clone(), **settings).images
+    assert (tuned - untuned).abs().max() > 1e-4
+    options = {"guidance": 2.0}
+    flow, _ = open_flow(folder, **options)
+    lora = sd3.add_lora(flow.pipe.transformer, sd3.Args(lora_rank=4, lora_alpha=8))
+    for parameter, value in zip(lora, sd3.load_checkpoint(tmp_path / "r")["lora"], strict=True):
+        parameter.data.copy_(value)
+    mine, _ = sd3.sample(flow, PROMPTS[:2], noise, 2)
+    torch.testing.assert_close(mine, tuned, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -819,10 +925,11 @@ def test_memory_savers_do_not_change_the_result(models, base_flags, runs, tmp_pa
     "change",
     [
         ["--share-noise"],
-        ["--ema-decay", "0.5"],
         ["--timesteps-per-sample", "1"],
         ["--timestep-distribution", "logit-normal"],
+        ["--timestep-shift", "3"],
         ["--adv-norm", "none"],
+        ["--adv-norm", "base"],
         ["--adv-clip-k", "0.1"],
         ["--method", "orw", "--alpha", "0"],
         ["--method", "dpo", "--dpo-online"],
@@ -853,28 +960,19 @@ def test_two_runs_are_the_same_run(models, base_flags, runs, tmp_path):
     assert_same_run(runs["sd3"][0], tmp_path / "again")
 
 
-def test_full_finetuning_trains_everything_and_reloads(models, base_flags, tmp_path):
-    flags = [
-        "--full-finetune",
-        "--learning-rate",
-        "1e-3",
-        "--output-dir",
-        tmp_path,
-        "--run-name",
-        "full",
-    ]
+def test_advantage_in_units_of_the_base_models_spread(models, base_flags, runs, tmp_path):
+    """base_std is measured once, said, stored, and the same after a resume."""
+    flags = ["--adv-norm", "base", "--output-dir", tmp_path, "--run-name", "r"]
     out = finish(*base_flags, "--model-id", models["sd3"], *flags)
-    assert "SD3Transformer2DModel.from_pretrained" in out
-    tuned = SD3Transformer2DModel.from_pretrained(
-        tmp_path / "full" / "final" / "transformer"
-    ).state_dict()
-    base = SD3Transformer2DModel.from_pretrained(models["sd3"] / "transformer").state_dict()
-    checkpoint = sd3.load_checkpoint(tmp_path / "full")["model"]
-    assert all(torch.equal(tuned[name], checkpoint[name]) for name in checkpoint)
-    # the last block's text path ends there: nothing of it reaches the loss
-    assert sum(not torch.equal(tuned[name], base[name]) for name in base) > 0.8 * len(base)
-    rows = read_metrics(tmp_path / "full")
-    assert rows[0]["eval/w2"] == 0 < rows[2]["eval/w2"]
+    base = torch.load(tmp_path / "r" / "base.pt", weights_only=True)
+    assert base["reward_std"] > 0
+    assert f"+- {base['reward_std']:.3f} within a prompt; beta0 0.25 asks for" in out
+    (tmp_path / "same.py").write_text(
+        "def same(images, prompts, rows):\n    return [0.1] * len(images)\n"
+    )
+    flags += ["--run-name", "same", "--reward", f"{tmp_path}/same.py:same"]
+    line = refused(*base_flags, "--model-id", models["sd3"], *flags)
+    assert "the base model's are all equal; --adv-norm none goes on" in line
 
 
 def test_several_rewards_are_weighted_and_logged(models, base_flags, tmp_path):
@@ -931,23 +1029,24 @@ def test_metadata_reaches_the_reward(models, base_flags, tmp_path):
 
 
 def subprocess_flags(base_flags, model, folder, *more):
-    return [str(flag) for flag in (*base_flags, "--model-id", model, "--output-dir", folder, *more)]
+    return merged([*base_flags, "--model-id", model, "--output-dir", folder, *more])
 
 
 def test_killed_while_saving_and_resumed_equals_straight(models, base_flags, tmp_path):
-    longer = ["--iterations", "4", "--save-every", "2", "--ema-decay", "0.5"]
+    longer = ["--iterations", "4", "--save-every", "2", "--adv-norm", "base"]
     flags = [*base_flags, "--model-id", models["sd3"], "--output-dir", tmp_path, *longer]
     finish(*flags, "--run-name", "straight")
     # A child that kills itself in the middle of writing its second checkpoint (iteration 4).
     program = (
-        "import os, runpy, signal, sys, torch\n"
-        "save = torch.save\n"
-        "def dying_save(what, path, **rest):\n"
-        "    if str(path).endswith('000004.part'):\n"
-        "        open(path, 'wb').write(b'half a checkpoint')\n"
+        "import os, runpy, signal, sys\n"
+        "sync, calls = os.fsync, []\n"
+        "def dying_sync(file):\n"
+        "    name = os.readlink(f'/proc/self/fd/{file}')\n"
+        "    if name.endswith('checkpoint.part') and (calls.append(name) or len(calls) == 2):\n"
+        "        os.ftruncate(file, 1000)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    save(what, path, **rest)\n"
-        "torch.save = dying_save\n"
+        "    sync(file)\n"
+        "os.fsync = dying_sync\n"
         "script = sys.argv[1]; sys.argv = sys.argv[1:]\n"
         "runpy.run_path(script, run_name='__main__')\n"
     )
@@ -958,10 +1057,8 @@ def test_killed_while_saving_and_resumed_equals_straight(models, base_flags, tmp
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     assert [row["step"] for row in read_metrics(tmp_path / "killed")] == [0, 1, 2, 3, 4]
-    assert {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()} == {
-        "000002.pt",
-        "000004.part",
-    }
+    files = {path.name for path in (tmp_path / "killed").glob("checkpoint*")}
+    assert files == {"checkpoint.pt", "checkpoint.part"}
     time.sleep(1.1)  # TensorBoard orders its files by the second
     finish("--resume", tmp_path / "killed")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
@@ -975,12 +1072,15 @@ def test_a_finished_run_resumes_to_itself(models, base_flags, runs, tmp_path):
     shutil.copytree(runs["sd3"][0], copy)
     before = load_file(copy / "final" / "pytorch_lora_weights.safetensors")
     summary = json.loads((copy / "summary.json").read_text())
+    out = finish("--resume", "latest", "--output-dir", tmp_path)
+    assert "is finished: nothing is left to do" in out
+    (copy / "summary.json").unlink()  # killed after its last checkpoint: it is finished then
     time.sleep(1.1)
     finish("--resume", "latest", "--output-dir", tmp_path)
-    torch.testing.assert_close(
-        load_file(copy / "final" / "pytorch_lora_weights.safetensors"), before, rtol=0, atol=0
-    )
+    after = load_file(copy / "final" / "pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert json.loads((copy / "summary.json").read_text()) == summary
+    assert read_metrics(copy) == read_metrics(runs["sd3"][0])
 
 
 def run_processes(count, flags, script=SCRIPT):
@@ -1002,7 +1102,8 @@ def run_processes(count, flags, script=SCRIPT):
 
 @pytest.mark.parametrize("method", ["adrpo", "dpo"])
 def test_two_processes_are_one_with_the_same_batch(models, base_flags, tmp_path, method):
-    more = ["--method", method, "--learning-rate", "1e-3", "--eval-images", "3"]  # 6 images: 3 each
+    more = ["--method", method, "--learning-rate", "1e-3", "--eval-images", "3"]
+    more += ["--eval-max-prompts", "1"]  # 3 images: 2 each, one of them twice
     finish(
         *base_flags,
         "--model-id",
@@ -1020,161 +1121,6 @@ def test_two_processes_are_one_with_the_same_batch(models, base_flags, tmp_path,
     assert_same_run(tmp_path / "one", tmp_path / "two", rtol=2e-3, atol=2e-4)
 
 
-SHARDED = """
-import copy, os, sys, torch, torch.distributed as dist
-from diffusers import SD3Transformer2DModel
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, sys.argv[1])
-import adrpo_fm_sd3 as sd3
-dist.init_process_group("gloo")
-whole = SD3Transformer2DModel.from_pretrained(sys.argv[2])
-model, mesh = SD3Transformer2DModel.from_pretrained(sys.argv[2]), init_device_mesh("cpu", (2,))
-for block in model.transformer_blocks:
-    fully_shard(block, mesh=mesh)
-fully_shard(model, mesh=mesh)
-optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-def step():
-    torch.manual_seed(0)
-    inputs = torch.randn(2, 8, 8, 8), torch.rand(2), (torch.randn(2, 16, 128), torch.randn(2, 128))
-    sd3.velocity(model, *inputs).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-step()
-state = copy.deepcopy(sd3.training_state(model, optimizer, None))  # the step count is shared with \
-the optimiser's
-step()
-after = sd3.training_state(model, optimizer, None)
-everywhere = [copy.deepcopy(state) if dist.get_rank() == 0 else None]  # loading cuts the dict it \
-is given into pieces
-dist.broadcast_object_list(everywhere)  # as every process reads the checkpoint's file
-sd3.restore_training_state(model, optimizer, None, everywhere[0])
-step()
-again = sd3.training_state(model, optimizer, None)
-if dist.get_rank() == 0:
-    shapes = {name: value.shape for name, value in whole.state_dict().items()}
-    assert {name: value.shape for name, value in state["model"].items()} == shapes
-    assert any(not torch.equal(state["model"][name], value) \
-for name, value in whole.state_dict().items())
-    assert all(torch.equal(again["model"][name], after["model"][name]) for name in shapes)
-    print("whole and restored")
-dist.barrier()
-sys.stdout.flush()
-os._exit(0)  # not by the front door: gloo sometimes aborts there, which is not what is tested
-"""
-
-
-def test_sharded_weights_are_saved_whole_and_restored(models, tmp_path):
-    """What a checkpoint does under FSDP, with torch's own sharding on two CPU processes."""
-    (tmp_path / "program.py").write_text(SHARDED)
-    out = run_processes(
-        2, [str(ROOT), str(models["sd3"] / "transformer")], script=tmp_path / "program.py"
-    )
-    assert "whole and restored" in out
-
-
-# ------------------------------------------------------------------------------- G. evaluation only
-
-
-def test_eval_only_writes_a_table_row_with_and_without_lora(models, base_flags, runs, tmp_path):
-    flags = [
-        *base_flags,
-        "--eval-only",
-        "--model-id",
-        models["sd3"],
-        "--eval-metrics",
-        "clip",
-        "--output-dir",
-        tmp_path,
-    ]
-    finish(*flags, "--run-name", "base")
-    out = finish(*flags, "--run-name", "tuned", "--lora", runs["sd3"][0] / "final")
-    rows = {
-        name: json.loads((tmp_path / name / "table1.json").read_text())
-        for name in ("base", "tuned")
-    }
-    for row in rows.values():
-        assert set(row["metrics"]) == {"clip", "clip_diversity", "clip_distance"}
-        assert row["prompts"] == len(PROMPTS)
-        assert row["options"]["num_inference_steps"] == 2
-    assert rows["base"]["metrics"] != rows["tuned"]["metrics"]
-    table = (tmp_path / "tuned" / "table1.md").read_text()
-    assert table.startswith("| model | clip | clip_diversity | clip_distance |")
-    assert table.splitlines()[2] in out
-    assert len(list((tmp_path / "base" / "samples").glob("*.png"))) == 2 * len(PROMPTS)
-    # the figures are those of the pictures
-    clip = sd3.Clip(f"local-dir:{models['clip']}", None, torch.device("cpu"))
-    files = sorted((tmp_path / "tuned" / "samples").glob("*.png"))
-    pictures = torch.stack(
-        [torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1) / 255 for file in files]
-    )
-    repeated = [prompt for prompt in PROMPTS for _ in range(2)]
-    with torch.no_grad():
-        expected = sd3.clip_reward(clip)(pictures, repeated, None).mean().item()
-    assert rows["tuned"]["metrics"]["clip"]["mean"] == pytest.approx(expected, abs=0.2)
-
-
-def test_eval_only_in_bf16_keeps_the_autoencoder_in_fp32(models, base_flags, tmp_path):
-    flags = [
-        *base_flags,
-        "--eval-only",
-        "--model-id",
-        models["sd3"],
-        "--eval-metrics",
-        "clip",
-        "--output-dir",
-        tmp_path,
-    ]
-    rows = {}
-    for precision in ("fp32", "bf16"):
-        finish(*flags, "--precision", precision, "--run-name", precision, "--rollout-batch", "5")
-        rows[precision] = json.loads((tmp_path / precision / "table1.json").read_text())["metrics"]
-    assert rows["fp32"] != rows["bf16"]
-    assert rows["fp32"]["clip"]["mean"] == pytest.approx(rows["bf16"]["clip"]["mean"], abs=1)
-
-
-def test_eval_only_takes_another_pipeline(models, base_flags, tmp_path):
-    torch.manual_seed(0)
-    parts = world.build_pipeline()
-    text = parts.text_encoder.config.to_dict()
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=32,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=128,
-        pooled_projection_dim=64,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    flux = FluxPipeline(
-        transformer=transformer,
-        scheduler=parts.scheduler,
-        vae=parts.vae,
-        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
-        tokenizer=parts.tokenizer,
-        text_encoder_2=parts.text_encoder_3,
-        tokenizer_2=parts.tokenizer_3,
-    )
-    flux.save_pretrained(tmp_path / "flux")
-    flags = [
-        "--eval-only",
-        "--eval-metrics",
-        "clip",
-        "--eval-max-prompts",
-        "2",
-        "--output-dir",
-        tmp_path,
-    ]
-    finish(*base_flags, "--model-id", tmp_path / "flux", *flags, "--run-name", "r")
-    row = json.loads((tmp_path / "r" / "table1.json").read_text())
-    assert row["pipeline"] == "FluxPipeline"
-    assert row["prompts"] == 2
-    assert math.isfinite(row["metrics"]["clip"]["mean"])
-
-
 # ------------------------------------------------------------------------------------- H. bad input
 
 
@@ -1187,42 +1133,22 @@ def refused(*flags):
 
 
 BAD = [
-    (["--group-size", "1"], "--group-size 1: must be at least 2"),
-    (["--eval-images", "1"], "--eval-images 1: must be at least 2"),
-    (["--num-steps", "0"], "--num-steps 0: must be above 0"),
-    (["--beta0", "0"], "--beta0 0.0: must be above 0"),
-    (["--adv-clip-k", "-1"], "--adv-clip-k -1.0: must be above 0"),
-    (["--guidance-scale", "0.5"], "--guidance-scale 0.5: must be 1 (no guidance) or more"),
-    (["--method", "dpo", "--group-size", "5"], "--group-size 5: must be even for dpo"),
-    (["--method", "dpo", "--train-batch", "3"], "--train-batch 3: must be even for dpo"),
-    (["--reward", "clip", "clip"], "--reward ('clip', 'clip'): must be one or more, each once"),
-    (
-        ["--reward-weights", "1", "2"],
-        "--reward-weights (1.0, 2.0): must be 1, one for each --reward",
-    ),
-    (["--reward-weights", "nan"], "--reward-weights (nan,): must be finite"),
-    (["--reward", "beauty"], "--reward beauty: unknown; give clip, pickscore"),
-    (["--eval-metrics", "beauty"], "--eval-metrics beauty: unknown; give clip, pickscore"),
-    (
-        ["--reward", "pickscore", "--pickscore-model", "no/such"],
-        "--reward pickscore: cannot be loaded",
-    ),
-    (
-        ["--aesthetic-weights", "no.pth", "--reward", "aesthetic"],
-        "--reward aesthetic: cannot be loaded",
-    ),
+    (["--group-size", "1"], "--group-size, --eval-images: at least 2"),
+    (["--beta0", "0"], "--beta0 0.0: must be positive"),
+    (["--adv-clip-k", "-1"], "--adv-clip-k -1.0: must be positive"),
+    (["--guidance-scale", "0.5"], "--guidance-scale 0.5: 1 (no guidance) or more"),
+    (["--method", "dpo", "--group-size", "5"], "must be even for dpo"),
+    (["--reward", "clip", "clip"], "--reward clip: the tag clip is taken"),
+    (["--reward-weights", "1", "2"], "--reward-weights: must be as many as --reward names"),
+    (["--reward-weights", "nan"], "--reward-weights nan: must be finite"),
+    (["--reward", "beauty"], "--reward beauty: give clip or FILE.py:function"),
+    (["--eval-metrics", "beauty"], "--eval-metrics beauty: give clip or FILE.py:function"),
     (["--prompts", "no.txt"], "--prompts no.txt: cannot be read"),
     (["--prompts", "no/such/dataset"], "--prompts no/such/dataset: cannot be read"),
     (["--eval-prompts", "no.jsonl"], "--eval-prompts no.jsonl: cannot be read"),
-    (["--model-id", "no/such-model"], "--model-id no/such-model: cannot be loaded"),
-    (["--clip-model", "ViT-Z"], "--clip-model ViT-Z"),
-    (["--resolution", "33"], "--resolution 33: must be a multiple of 8"),
-    (["--resolution", "512"], "--resolution 512: must be a multiple of 8, at most 64, here"),
-    (["--lora", "somewhere"], "--lora somewhere: must be left out: it goes with --eval-only"),
-    (["--lora-targets", "attention.q"], "--lora-targets attention.q: "),
-    (["--full-finetune", "--ema-decay", "0.9"], "--ema-decay 0.9: must be 0 with --full-finetune"),
-    (["--resume", "nowhere"], "--resume nowhere: nowhere is not a run folder"),
-    (["--eval-only", "--lora", "nowhere"], "--lora nowhere: cannot be loaded"),
+    (["--model-id", "no/such-model"], "--model-id no/such-model: no model_index.json"),
+    (["--resume", "nowhere"], "--resume nowhere: no checkpoint in nowhere"),
+    (["--resume="], "--resume : no checkpoint"),
 ]
 
 
@@ -1230,24 +1156,75 @@ BAD = [
 def test_bad_flags_get_one_line(models, base_flags, tmp_path, monkeypatch, flags, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = [] if "--model-id" in flags else ["--model-id", models["sd3"]]
-    metrics = ["--eval-metrics", "clip"] if "--eval-only" in flags else []
-    assert message in refused(
-        *base_flags, *model, *metrics, "--output-dir", tmp_path / "runs", *flags
-    )
+    assert message in refused(*base_flags, *model, "--output-dir", tmp_path / "runs", *flags)
     assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
 
 
-def test_two_functions_of_one_name_are_refused(models, base_flags, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.py").write_text(
-            "def clip(images, prompts, metadata):\n    return [0.0] * len(images)\n"
-        )
-    flags = ["--reward", "clip", "--eval-metrics", f"{tmp_path}/one.py:clip"]
+def test_a_flag_given_twice_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--reward", "clip", "--reward", "mine.py:f"])
+    with pytest.raises(SystemExit, match="error: a flag is given twice"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ["clip", "w2", "mean", "clip_diversity", "reward"])
+def test_a_plugin_cannot_take_another_tag(models, base_flags, tmp_path, name):
+    (tmp_path / "one.py").write_text(f"def {name}(images, prompts, rows):\n    return images\n")
+    flags = ["--reward", "clip", "--eval-metrics", f"{tmp_path}/one.py:{name}"]
     line = refused(*base_flags, "--model-id", models["sd3"], *flags)
-    assert (
-        f"--eval-metrics {tmp_path}/one.py:clip: clip has the same name; rename the function"
-        in line
-    )
+    assert f"--eval-metrics {tmp_path}/one.py:{name}: the tag {name} is taken" in line
+
+
+def test_a_plugin_that_ends_the_program_is_an_error(models, base_flags, tmp_path):
+    (tmp_path / "one.py").write_text("import sys\nsys.exit(0)\n")
+    flags = ["--reward", f"{tmp_path}/one.py:f"]
+    with pytest.raises(RuntimeError, match="the plug-in ended the program"):
+        run_script(*base_flags, "--model-id", models["sd3"], *flags)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3"])
+def test_weights_that_are_not_there_are_refused(models, base_flags, tmp_path, part):
+    shutil.copytree(models["sd3"], tmp_path / "model")
+    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
+    weights = load_file(file)
+    if part == "text_encoder_3":  # one weight lacks
+        del weights[sorted(weights)[0]]
+    else:  # all have another name, as saved from a compiled model
+        weights = {f"_orig_mod.{name}": value for name, value in weights.items()}
+    save_file(weights, file, {"format": "pt"})
+    line = refused(*base_flags, "--model-id", tmp_path / "model")
+    assert f": {part}" in line
+    assert "not in its files" in line or "cannot be loaded" in line
+
+
+def test_a_revision_is_recorded_by_its_commit_and_used_again(models, base_flags, tmp_path):
+    """A stand-in of the hub's cache, offline: main is one commit, then another."""
+    commits, cache = ("a" * 40, "b" * 40), tmp_path / "hub" / "models--some--model"
+    for commit in commits:
+        shutil.copytree(models["sd3"], cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commits[0])
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def script(*flags):
+        command = [sys.executable, str(SCRIPT), *merged(flags)]
+        options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+        return subprocess.run(command, env=environment, **options)
+
+    flags = [*base_flags, "--model-id", "some/model", "--output-dir", tmp_path, "--run-name", "r"]
+    result = script(*flags, "--iterations", "1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"revision='{commits[0]}'" in result.stdout
+    record = json.loads((tmp_path / "r" / "args.json").read_text())
+    assert record["args"]["model_id"] == "some/model"
+    assert record["sources"]["model_id"] == f"some/model@{commits[0]}"
+    (cache / "refs" / "main").write_text(commits[1])
+    (tmp_path / "r" / "summary.json").unlink()
+    shutil.rmtree(cache / "snapshots" / commits[1])  # the resumed run does not look there
+    result = script("--resume", tmp_path / "r")
+    assert result.returncode == 0, result.stderr[-2000:]
+    result = script(*flags[:-2], "--model-id", "some/model@nosuch")
+    assert result.returncode == 1
+    assert "error: --model-id some/model@nosuch: no model_index.json" in result.stderr
 
 
 def test_empty_and_columnless_prompts(models, base_flags, tmp_path):
@@ -1257,106 +1234,60 @@ def test_empty_and_columnless_prompts(models, base_flags, tmp_path):
             *base_flags, "--model-id", models["sd3"], "--prompts", tmp_path / "empty.txt"
         )
     )
-    assert line.endswith("see --prompt-column") or line.endswith("empty")
+    assert line.endswith("see --prompt-column")
     (tmp_path / "p.jsonl").write_text('{"question": "why"}\n')
     line = refused(*base_flags, "--model-id", models["sd3"], "--prompts", tmp_path / "p.jsonl")
     assert "no text in column prompt (columns: question); see --prompt-column" in line
-    (tmp_path / "p.jsonl").write_text('"a red two"\n')
-    line = refused(*base_flags, "--model-id", models["sd3"], "--prompts", tmp_path / "p.jsonl")
-    assert "cannot be read (ValueError: every line must be a JSON object)" in line
     (tmp_path / "one.txt").write_text("only one")
     line = refused(*base_flags, "--model-id", models["sd3"], "--prompts", tmp_path / "one.txt")
     assert "one prompt cannot be split; give --eval-prompts" in line
-
-
-def test_a_pipeline_of_another_class_is_refused(base_flags, tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model_index.json").write_text(
-        '{"_class_name": "FluxPipeline", "_diffusers_version": "0.42"}'
-    )
-    line = refused(*base_flags, "--model-id", tmp_path / "other")
-    assert (
-        "is a FluxPipeline; fine-tuning needs a StableDiffusion3Pipeline; --eval-only takes any"
-        in line
-    )
-    (tmp_path / "empty").mkdir()
-    line = refused(*base_flags, "--model-id", tmp_path / "empty")
-    assert "no readable model_index.json" in line
-
-
-def test_a_lora_of_another_model_is_refused(models, base_flags, tmp_path):
-    bigger = tiny_models.make_sd3(tmp_path / "bigger", "sd3", layers=3)
-    flags = ["--output-dir", tmp_path, "--iterations", "1"]
-    finish(*base_flags, "--model-id", bigger, *flags, "--run-name", "bigger-run")
-    lora = tmp_path / "bigger-run" / "final"
-    only = [
-        "--eval-only",
-        "--eval-metrics",
-        "clip",
-        "--lora",
-        lora,
-        "--output-dir",
-        tmp_path,
-        "--run-name",
-        "x",
-    ]
-    assert f"--lora {lora}: cannot be loaded into" in refused(
-        *base_flags, "--model-id", models["sd3"], *only
-    )
 
 
 def test_an_existing_or_unwritable_folder_is_refused(models, base_flags, runs, tmp_path):
     folder = runs["sd3"][0]
     before = sorted(folder.rglob("*"))
     flags = [*base_flags, "--model-id", models["sd3"], "--output-dir"]
-    assert f"--run-name {folder.name}: {folder} exists" in refused(
+    assert f"--run-name: cannot create {folder} " in refused(
         *flags, folder.parent, "--run-name", folder.name
     )
     assert sorted(folder.rglob("*")) == before
     (tmp_path / "file").write_text("")
-    assert f"--output-dir {tmp_path / 'file'}: cannot be written" in refused(
-        *flags, tmp_path / "file"
-    )
+    assert "--output-dir, --run-name: cannot create" in refused(*flags, tmp_path / "file")
 
 
-def test_resume_refuses_other_flags_and_foreign_folders(base_flags, runs, tmp_path):
-    run, _ = runs["sd3"]
-    assert "--beta0 0.5: the resumed run has 0.25" in refused("--resume", run, "--beta0", "0.5")
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "args.json").write_text('{"script": "toy_mnist_flow", "args": {}}')
-    assert "is a run of toy_mnist_flow, not of adrpo_fm_sd3" in refused(
-        "--resume", tmp_path / "toy"
-    )
-    (tmp_path / "toy" / "args.json").write_text("{")
-    assert "its args.json is not this version's" in refused("--resume", tmp_path / "toy")
-    assert "--resume latest: no run of this script" in refused(
-        "--resume", "latest", "--output-dir", tmp_path / "none"
-    )
-    record = json.loads((run / "args.json").read_text())
-    record["args"]["eval_only"] = True
-    (tmp_path / "toy" / "args.json").write_text(json.dumps(record, indent=2))
-    assert "is an --eval-only run; there is nothing to continue" in refused(
-        "--resume", tmp_path / "toy"
-    )
-    assert "no run of this script" in refused("--resume", "latest", "--output-dir", tmp_path)
-    damaged = tmp_path / "damaged"
-    shutil.copytree(run, damaged)
-    (damaged / "checkpoints" / "000002.pt").write_bytes(b"nothing")
-    assert "000002.pt cannot be read" in refused("--resume", damaged)
-
-
-def test_a_full_disk_keeps_the_earlier_checkpoints(runs, tmp_path, monkeypatch):
+def test_resume_refuses_other_flags_other_prompts_and_damage(base_flags, runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs["sd3"][0], run)
-    monkeypatch.setattr(
-        torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(
-        sd3.InputError,
-        match="--output-dir: .*000003.pt cannot be written .*No space left.*--resume",
-    ):
-        sd3.save_checkpoint(run, {"iteration": 3}, {})
-    assert sd3.load_checkpoint(run)["iteration"] == 2
+    (run / "summary.json").unlink()
+    line = refused("--resume", run, "--beta0", "0.5")
+    assert "--beta0: the resumed run has 0.25; leave it out" in line
+    line = refused("--resume", run, "--num-steps", "10")  # the default, but not this run's
+    assert "--num-steps: the resumed run has 2; leave it out" in line
+    line = refused("--resume", "latest", "--output-dir", tmp_path / "none")
+    assert "--resume latest: no checkpoint" in line
+    record = json.loads((run / "args.json").read_text())
+    (tmp_path / "fewer.txt").write_text("\n".join(PROMPTS[:5]))
+    changed = record | {"sources": record["sources"] | {"prompts": str(tmp_path / "fewer.txt")}}
+    (run / "args.json").write_text(json.dumps(changed))
+    assert "other prompts than when the run began" in refused("--resume", run)
+    (run / "args.json").write_text(json.dumps(record))
+    with (run / "args.json").open() as file:  # as a process that is writing the run
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is writing" in refused("--resume", run)
+    metrics, good = (run / "metrics.jsonl").read_bytes(), (run / "checkpoint.pt").read_bytes()
+    weights = [value.numpy().tobytes() for value in sd3.load_checkpoint(run)["lora"]]
+    for place in (good.index(weights[0]) + 7, good.index(weights[-1]) + 50):  # one bit
+        bad = bytearray(good)
+        bad[place] ^= 1
+        (run / "checkpoint.pt").write_bytes(bad)
+        line = refused("--resume", run)
+        assert "checkpoint.pt cannot be read" in line
+        assert "delete it to go on from checkpoint-previous.pt" in line
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    (run / "checkpoint.pt").unlink()
+    time.sleep(1.1)
+    finish("--resume", run)
+    assert_same_run(runs["sd3"][0], run)
 
 
 def test_a_disk_that_fills_up_during_the_run_is_one_line_and_the_run_resumes(
@@ -1365,7 +1296,7 @@ def test_a_disk_that_fills_up_during_the_run_is_one_line_and_the_run_resumes(
     open_, writes = Path.open, []
 
     def full(path, mode="r", *rest, **more):
-        if path.name == "metrics.jsonl" and mode == "a":
+        if path.name == "checkpoint.part":
             writes.append(path)
             if len(writes) == 3:
                 raise OSError(28, "No space left on device")
@@ -1383,20 +1314,10 @@ def test_a_disk_that_fills_up_during_the_run_is_one_line_and_the_run_resumes(
     finish(*flags, "--run-name", "straight")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", full)
-        assert "--output-dir: cannot be written" in refused(*flags, "--run-name", "full")
+        assert "No space left on device; make room" in refused(*flags, "--run-name", "full")
     time.sleep(1.1)
     finish("--resume", tmp_path / "full")
     assert_same_run(tmp_path / "straight", tmp_path / "full")
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    for iteration in (1, 2, 10):
-        sd3.save_checkpoint(tmp_path, {"iteration": iteration}, {"model": {"w": torch.ones(1)}})
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
-        "000002.pt",
-        "000010.pt",
-    }
-    assert sd3.load_checkpoint(tmp_path)["iteration"] == 10
 
 
 def test_a_non_finite_loss_stops_before_the_step(models, base_flags, tmp_path):
@@ -1415,16 +1336,22 @@ def test_a_non_finite_loss_stops_before_the_step(models, base_flags, tmp_path):
         "--run-name",
         "r",
     )
-    assert "iteration 0: loss" in line
-    assert "the weights before this step are saved" in line
-    checkpoint = sd3.load_checkpoint(tmp_path / "r")
-    assert checkpoint["iteration"] == 0
-    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert "iteration 1: loss" in line
+    assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+def test_the_state_after_the_last_step_is_checked(models, base_flags, tmp_path):
+    flags = ["--learning-rate", "1e30", "--iterations", "1", "--updates-per-iteration", "1"]
+    flags += ["--output-dir", tmp_path, "--run-name", "r"]
+    line = refused(*base_flags, "--model-id", models["sd3"], *flags)
+    assert "not finite numbers" in line or "no finite numbers" in line
+    assert not list((tmp_path / "r" / "final").iterdir())
+    assert not (tmp_path / "r" / "checkpoint.pt").exists()
 
 
 def test_a_small_group_is_warned_about(models, base_flags, tmp_path):
     flags = ["--group-size", "2", "--iterations", "1", "--output-dir", tmp_path]
-    assert "warning: --group-size 2" in finish(*base_flags, "--model-id", models["sd3"], *flags)
+    assert "warning: --group-size" in finish(*base_flags, "--model-id", models["sd3"], *flags)
 
 
 def test_help_teaches():
@@ -1434,7 +1361,6 @@ def test_help_teaches():
         "--beta0",
         "--adv-clip-k",
         "baseline divergence weight",
-        "benchmark/mini_world_sd3.py",
     ):
         assert words in out
 
@@ -1459,7 +1385,7 @@ def test_every_logged_tag_is_documented(runs, models, base_flags, tmp_path):
     documented = set(
         re.findall(r"`((?:reward|eval|losses|adrpo|charts)/[a-z0-9_]+)`", DOCS.read_text())
     )
-    assert written == documented
+    assert written | {"charts/peak_memory_gb"} == documented  # that one on a GPU only
 
 
 def test_every_flag_in_the_docs_exists():
@@ -1468,10 +1394,8 @@ def test_every_flag_in_the_docs_exists():
     others = {
         "--nproc-per-node",
         "--no-t5",
+        "--no-keep-adapters",
         "--data-dir",
-        "--use-fsdp",
-        "--fsdp-version",
-        "--num-processes",
         "--help",
     }
     assert named <= flags | others

@@ -6,13 +6,31 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2_5OmniProcessor,
@@ -93,6 +111,121 @@ def make_sd3(folder: Path, style: str = "sd3", layers: int = 2) -> Path:
         )
     )
     pipe.vae.register_to_config(scaling_factor=1.5, shift_factor=0.1)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+FLOW_FAMILIES = ("flux", "chroma", "auraflow", "lumina2", "sana")  # beside SD3
+
+
+def make_flow(folder: Path, family: str) -> Path:
+    """A random text-to-image pipeline of another flow-matching family, for 32x32 images."""
+    torch.manual_seed(0)
+    parts = world.build_pipeline()
+    parts.vae.register_to_config(scaling_factor=1.5, shift_factor=0.1)
+    t5, t5_tokenizer, channels = parts.text_encoder_3, parts.tokenizer_3, 8
+    shared = {"scheduler": parts.scheduler, "vae": parts.vae}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16}
+    if family in ("flux", "chroma"):
+        sizes = {"patch_size": 1, "in_channels": 4 * channels, "num_layers": 1, **heads}
+        sizes |= {"num_single_layers": 1, "joint_attention_dim": 128, "axes_dims_rope": (4, 4, 8)}
+    if family == "flux":
+        text = CLIPTextModel(CLIPTextConfig(**parts.text_encoder.config.to_dict()))
+        pipe = FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                **sizes, pooled_projection_dim=64, guidance_embeds=True
+            ),
+            text_encoder=text,
+            tokenizer=parts.tokenizer,
+            text_encoder_2=t5,
+            tokenizer_2=t5_tokenizer,
+            **shared,
+        )
+    elif family == "chroma":
+        approximator = {"approximator_hidden_dim": 32, "approximator_layers": 1}
+        transformer = ChromaTransformer2DModel(
+            **sizes, **approximator, approximator_num_channels=16
+        )
+        pipe = ChromaPipeline(
+            transformer=transformer, text_encoder=t5, tokenizer=t5_tokenizer, **shared
+        )
+    elif family == "auraflow":
+        transformer = AuraFlowTransformer2DModel(
+            **heads,
+            sample_size=8,
+            patch_size=2,
+            in_channels=channels,
+            out_channels=channels,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            joint_attention_dim=128,
+            caption_projection_dim=32,
+            pos_embed_max_size=64,
+        )
+        pipe = AuraFlowPipeline(
+            transformer=transformer, text_encoder=t5, tokenizer=t5_tokenizer, **shared
+        )
+    else:  # a small Gemma reads the prompts
+        make_tokenizer(folder / "words", chat=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "words", padding_side="right")
+        gemma = Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+        text = {"text_encoder": Gemma2Model(gemma), "tokenizer": tokenizer}
+    if family == "lumina2":
+        transformer = Lumina2Transformer2DModel(
+            sample_size=8,
+            in_channels=channels,
+            hidden_size=32,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 6, 6),
+            axes_lens=(300, 64, 64),
+            cap_feat_dim=32,
+        )
+        pipe = Lumina2Pipeline(transformer=transformer, **text, **shared)
+    elif family == "sana":
+        blocks = ("ResBlock", "EfficientViTBlock")
+        vae = AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.41407,
+        )
+        transformer = SanaTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=32,
+            sample_size=16,
+        )
+        pipe = SanaPipeline(transformer=transformer, vae=vae, scheduler=parts.scheduler, **text)
     pipe.save_pretrained(folder)
     return folder
 
