@@ -851,6 +851,10 @@ def open_flow(pipe: DiffusionPipeline, args: Args, prompts: list[str], device) -
     torch.cuda.empty_cache()
     pipe.transformer.to(device)
     pipe.vae.to(device)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    if args.vae_slicing:
+        pipe.vae.enable_slicing()
     return flow
 
 
@@ -1126,12 +1130,8 @@ def main(args: Args) -> None:
     seed_everything(args.seed)
     lora = add_lora(transformer, args)
     optimizer = torch.optim.AdamW(lora, lr=args.learning_rate, weight_decay=args.weight_decay)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile_repeated_blocks()
-    if args.vae_slicing:
-        pipe.vae.enable_slicing()
 
     if not resumed:
         run_dir = create_run(args, sources, prompts_sha256) if is_main else None

@@ -9,5 +9,6 @@ from pathlib import Path
 # number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads, and none waits for the hub
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -623,11 +623,14 @@ def test_imagereward_is_loaded_strictly(monkeypatch, tmp_path, images):
     torch.manual_seed(0)
     model = package.ImageReward().eval()
     save_model(model, tmp_path / "model.safetensors")
+    expected = model.score(images[:2], PROMPTS[:2]).flatten()
+    next(model.parameters()).zero_()
+    monkeypatch.setattr(package, "ImageReward", lambda: model)  # it takes seconds to build
     monkeypatch.setenv("IMAGEREWARD_MODEL", str(tmp_path))
     image_rewards.load_imagereward.cache_clear()
     function = image_rewards.imagereward
     scores = sd3.score("imagereward", function, images[:2], PROMPTS[:2], [{}] * 2)
-    torch.testing.assert_close(scores, model.score(images[:2], PROMPTS[:2]).flatten())
+    torch.testing.assert_close(scores, expected)
     assert scores[0] != scores[1]
     weights = load_file(tmp_path / "model.safetensors")
     del weights[next(iter(weights))]
