@@ -38,7 +38,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms.functional import to_pil_image
 
 import adrpo_fm_sd3 as sd3
-from benchmark import image_rewards
+from benchmark import image_rewards, table1
 from benchmark import mini_world_sd3 as world
 from tests import tiny_models
 
@@ -1392,7 +1392,8 @@ def test_every_logged_tag_is_documented(runs, models, base_flags, tmp_path):
 
 
 def test_every_flag_in_the_docs_exists():
-    flags = {f"--{name.replace('_', '-')}" for name in sd3.Args.__dataclass_fields__}
+    fields = [*sd3.Args.__dataclass_fields__, *table1.Args.__dataclass_fields__]
+    flags = {f"--{name.replace('_', '-')}" for name in fields}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", DOCS.read_text()))
     others = {
         "--nproc-per-node",
