@@ -11,25 +11,18 @@ arXiv 2402.03300).
          -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)  +  (beta0 - clip(A, -k beta0, k beta0)) KL
     KL = exp(ref - pol) - (ref - pol) - 1             per token, of the log-probabilities (k3)
 
-One iteration: roll out --group-size completions for each of --prompts-per-update prompts, score
-them, one optimiser step on all of them (--updates-per-rollout for more). Both passes are the stock
-model's, and read a prompt once for its whole group:
-
-    rollout     a prompt's keys and values are written --group-size times, and transformers'
-                `generate` goes on from them
-    training    pass 1 reads the prompts and keeps their keys and values with their gradient, pass 2
-                reads the completions on top of them, some at a time
-
-In every iteration the sampler's log-probabilities are compared with the training pass's: a model
-for which the two are not one function stops before the step.
+Both passes are the stock model's, and read a prompt once for its whole group: for the rollout a
+prompt's keys and values are written --group-size times, and transformers' `generate` goes on from
+them; in training, pass 1 reads the prompts and keeps their keys and values with their gradient, and
+pass 2 reads the completions on top of them. In every iteration the sampler's log-probabilities are
+compared with the training pass's: where the two are not one function the run stops.
 
 Where this departs from the paper, or the paper is silent:
 - Group normalisation puts |A| near 1, far above beta0 = 0.04: the coefficient saturates to 0
   (A > 0), 2 beta0 (A < 0) or beta0 (no spread). That is the paper's recommended setting; adrpo/*
   and its histogram show it. --scale-rewards none leaves the division out.
-- The raw A weights the policy term, the clipped one the coefficient only.
-- The old policy's log-probabilities are those of the first training pass, so the ratio starts at
-  exactly 1; the sampler's own are only compared with them (sampling/sampling_logp_difference).
+- The raw A weights the policy term, the clipped one the coefficient only. The old policy's
+  log-probabilities are those of the first training pass: the ratio starts at exactly 1.
 - Data, learning rate, group and lengths are not published: the defaults are TRL's of early 2025,
   whose example names the same model and reward model.
 
@@ -61,7 +54,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple
 
 import accelerate
 import numpy as np
@@ -71,9 +64,14 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -87,6 +85,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     StaticCache,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -114,15 +114,13 @@ class Args:
     cpu: bool = False
     """stay on the CPU; several processes there: torchrun --nproc-per-node N SCRIPT --cpu"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of rollouts and matrix products; trained weights, log-probabilities and losses stay float32;
-    auto: bf16 on a GPU that has it"""
+    """of matrix products; what is trained stays float32; auto: bf16 on a GPU that has it"""
     resume: str | None = None
     """run folder to continue exactly from its last checkpoint, or `latest`, with its own flags"""
 
     # ------------------------------------------------------------------------------------ model
     model_id: str = "Qwen/Qwen2-0.5B-Instruct"
-    """causal language model of transformers: a folder, or NAME[@REVISION] of the hub (the paper:
-    Qwen2 0.5B and Qwen3 0.6B). It is also the reference"""
+    """policy and reference: a folder, or NAME[@REVISION] of the hub (the paper's; or Qwen3 0.6B)"""
     lora_rank: int = 0
     """0 trains all weights beside a frozen copy as reference; above 0 a LoRA of this rank, switched
     off for the reference: less memory, and a --learning-rate of about 1e-5 to 1e-4"""
@@ -131,11 +129,9 @@ class Args:
     lora_targets: tuple[str, ...] = ("all-linear",)
     """ends of the names of the layers that get a LoRA; all-linear: all but the output head"""
     adapter: str | None = None
-    """folder with a LoRA of --model-id to go on from, such as an earlier run's final/; the
-    reference is the model without it"""
+    """folder of a LoRA to go on from (an earlier run's final/); the reference is without it"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time. Also reads a prompt once
-    for each completion, since transformers has no cache then"""
+    """less memory, more time; a prompt is then read once for each completion: no cache with it"""
     fsdp: bool = False
     """with torchrun: all weights, reference and optimiser split over the processes (FSDP2)"""
 
@@ -144,8 +140,7 @@ class Args:
     """training prompts: .txt, .jsonl, .json, .csv, .parquet (the row goes to the reward), or of the
     hub NAME[:CONFIGURATION][@REVISION]"""
     prompt_column: str | None = None
-    """column of the prompt, text or a list of chat messages; default: the first of prompt,
-    question, text, messages"""
+    """text or chat messages; default: the first of prompt, question, text, messages"""
     dataset_split: str | None = None
     """split of a hub data set; default: its first"""
     chat: bool = False
@@ -161,9 +156,8 @@ class Args:
 
     # ---------------------------------------------------------------------------------- rewards
     reward_model: tuple[str, ...] | None = None
-    """sequence classifiers with one logit, folders or NAME[@REVISION], which read prompt and
-    completion in their own chat template; default: weqweasdas/RM-Gemma-2B where no --reward is
-    given (the paper's)"""
+    """classifiers with one logit, which read prompt and completion in their own chat template;
+    default: weqweasdas/RM-Gemma-2B where no --reward is given (the paper's)"""
     reward: tuple[str, ...] = ()
     """FILE.py:function, function(prompts, completions, rows) -> one float per completion"""
     reward_weights: tuple[float, ...] | None = None
@@ -173,8 +167,7 @@ class Args:
 
     # ---------------------------------------------------------------------------------- rollout
     prompts_per_update: int = 8
-    """prompts per iteration, over all processes; a multiple of their number. Few: noisy updates
-    (TRL 0.15: 8)"""
+    """prompts per iteration, over all processes, of whose number it is a multiple (TRL 0.15: 8)"""
     group_size: int = 8
     """completions per prompt (TRL 0.15: 8). Their mean reward is the baseline: below 4 it is
     noise"""
@@ -183,13 +176,12 @@ class Args:
     temperature: float = 1.0
     """of the policy, in rollouts and in training alike (TRL 0.15: 0.9)"""
     top_p: float = 1.0
-    """below 1: sample from the smallest set of tokens with this probability. The loss ignores it,
-    so it makes training slightly off-policy"""
+    """below 1: sample from the likeliest tokens of this probability. The loss ignores it, so it
+    makes training slightly off-policy"""
     top_k: int = 0
     """above 0: sample from the so many likeliest tokens; like --top-p"""
     rollout_batch: int = 64
-    """completions rolled out at once, per process (at least one group); changes memory and speed,
-    not the result"""
+    """completions rolled out at once, per process; changes memory and speed, not the result"""
 
     # ------------------------------------------------------------------------------ fine-tuning
     method: Literal["adrpo", "grpo"] = "adrpo"
@@ -199,8 +191,8 @@ class Args:
     updates_per_rollout: int = 1
     """optimiser steps on one rollout, each on all of it; above 1 the clipped ratio matters"""
     beta0: float = 0.04
-    """KL coefficient of a completion with A = 0 (the paper and early TRL: 0.04). Larger: closer to
-    the reference"""
+    """KL coefficient of a completion with A = 0 (the paper: 0.04). Larger: closer to the
+    reference"""
     adv_clip_k: float | None = 1.0
     """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; 0.5 and 2 are its ablation).
     Above 1 the best are pushed away from the reference; None = no clip"""
@@ -209,15 +201,14 @@ class Args:
     clip_eps: float = 0.2
     """clip the ratio to 1 +- this"""
     learning_rate: float = 1e-6
-    """AdamW, after five iterations of warm-up (TRL 0.15, for all weights); higher for a LoRA or a
-    small model"""
+    """AdamW, after five iterations of warm-up (TRL 0.15); higher for a LoRA or a small model"""
     weight_decay: float = 0.0
     """AdamW"""
     max_grad_norm: float = 1.0
     """gradient norm clip"""
     train_tokens: int = 2048
-    """tokens of prompts, and tokens of completions, in one pass, padding included, per process;
-    changes memory and speed, not the result"""
+    """tokens of prompts, and of completions, in one pass, at their greatest lengths; changes memory
+    and speed, not the result"""
 
     # ------------------------------------------------------------------ evaluation, checkpoints
     eval_every: int = 20
@@ -302,9 +293,9 @@ class Policy(NamedTuple):
     unreadable: Tensor  # [V], True for the head's rows that are no token of the tokenizer
     pad: int
     temperature: float
-    top_p: float
-    top_k: int
+    warpers: list[LogitsProcessor]  # top-k and top-p, of the sampler alone
     static: dict[int, StaticCache] | None  # by rows: caches that a GPU's graphs were recorded with
+    lengths: tuple[int, int]  # most tokens of a prompt, of a completion
 
 
 def seed_everything(*numbers: int) -> torch.Generator:
@@ -332,50 +323,33 @@ def scaled_logits(logits: Tensor, policy: Policy) -> Tensor:
     return logits.masked_fill_(policy.unreadable, torch.finfo(torch.float32).min)
 
 
-def choose_tokens(probabilities: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
-    """One token for each distribution, by its inverse cumulative function at a given uniform
-    number: probabilities [..., V], uniforms [...] -> [...]."""
-    order = None
-    if top_p < 1 or top_k > 0:  # first top-k, then top-p of what is left, as transformers does
-        probabilities, order = probabilities.sort(-1, descending=True)
-        if top_k > 0:
-            probabilities[..., top_k:] = 0
-            probabilities /= probabilities.sum(-1, keepdim=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < top_p)
-    cumulative = probabilities.cumsum(-1)
-    tokens = torch.searchsorted(cumulative, uniforms[..., None] * cumulative[..., -1:], right=True)
-    tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
-    return (tokens if order is None else order.gather(-1, tokens)).squeeze(-1)
-
-
 class ChooseByUniform(LogitsProcessor):
-    """Chooses each token of `generate` by a uniform number drawn beforehand, [N,T]: the result
-    depends neither on how the batch is cut nor on the number of processes. Keeps the tokens'
-    log-probabilities (before top-p and top-k), never the logits."""
+    """Chooses each token of `generate` by the inverse cumulative function at a uniform number drawn
+    beforehand, [N,T]: the result depends neither on how the batch is cut nor on the number of
+    processes. Keeps the tokens' log-probabilities (before top-k and top-p), never the logits."""
 
     def __init__(self, uniforms: Tensor, policy: Policy):
         self.uniforms, self.policy, self.logp = uniforms, policy, []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        policy, logp = self.policy, scaled_logits(scores, self.policy).log_softmax(-1)
-        if policy.temperature == 0:
-            token = logp.argmax(-1)
-        else:
-            uniforms = self.uniforms[:, len(self.logp)]
-            token = choose_tokens(logp.exp(), uniforms, policy.top_p, policy.top_k)
-        self.logp.append(logp.gather(1, token[:, None]))
-        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+        logits = warped = scaled_logits(scores, self.policy)
+        for warper in self.policy.warpers:
+            warped = warper(input_ids, warped)
+        cumulative = warped.softmax(-1).cumsum(-1)
+        uniform = self.uniforms[:, len(self.logp), None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[1] - 1)
+        if self.policy.temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        self.logp.append(logits.log_softmax(-1).gather(1, token))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
-def pad_left(
-    prompts: list[list[int]], pad: int, device: torch.device, longest: int = 0
-) -> tuple[Tensor, Tensor]:
+def pad_left(policy: Policy, prompts: list[list[int]], longest: int = 0) -> tuple[Tensor, Tensor]:
     """Token lists -> ids and mask [B,P], left-padded to the longest, or to `longest`."""
-    longest = max(longest, *map(len, prompts), 1)
-    ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    longest = max(longest, *map(len, prompts))
+    ids = [[policy.pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return tuple(torch.tensor([ids, mask], device=policy.unreadable.device))
 
 
 def read_prompts(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -390,30 +364,25 @@ def read_prompts(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, D
 
 
 @torch.no_grad()
-def roll_out_batch(
-    policy: Policy, prompts: list[list[int]], uniforms: Tensor, longest: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`roll_out` for prompts that fit into one batch, padded to `longest` tokens."""
-    model, group, device = policy.sampler, uniforms.shape[1], uniforms.device
-    ids, mask = pad_left(prompts, policy.pad, device, longest)
+def complete(policy: Policy, prompts: list[list[int]], uniforms: Tensor) -> tuple:
+    """`rollout` for prompts that fit into one batch."""
+    model, group = policy.sampler, uniforms.shape[1]
+    # On a GPU prompts are padded to one length, so that `generate` is compiled once.
+    ids, mask = pad_left(policy, prompts, policy.lengths[0] if policy.static is not None else 0)
     cache = None
     if ids.shape[1] > 1:  # `generate` reads the last token; where that is all, it starts anew
         _, cache = read_prompts(model, ids[:, :-1], mask[:, :-1])
         cache.batch_repeat_interleave(group)
-    if cache and policy.static is not None:
-        dynamic, rows, length = cache, len(ids) * group, ids.shape[1] + uniforms.shape[2]
-        if rows not in policy.static:
-            policy.static[rows] = StaticCache(model.config, max_cache_len=length)
-        cache = policy.static[rows]
+    if cache is not None and policy.static is not None:
+        layers, rows = cache.layers, len(ids) * group
+        empty = StaticCache(model.config, max_cache_len=sum(policy.lengths))
+        cache = policy.static.setdefault(rows, empty)
         cache.reset()
-        for number, layer in enumerate(dynamic.layers):
+        for number, layer in enumerate(layers):
             cache.update(layer.keys, layer.values, number)
     choose = ChooseByUniform(uniforms.flatten(0, 1), policy)
-    settings = GenerationConfig(
-        max_new_tokens=uniforms.shape[2],
-        do_sample=False,  # of what `choose` leaves
-        eos_token_id=policy.stop,
-        pad_token_id=policy.pad,
+    settings = GenerationConfig(  # the likeliest token of what `choose` leaves: its choice
+        max_new_tokens=uniforms.shape[2], do_sample=False, eos_token_id=policy.stop
     )
     out = model.generate(
         input_ids=ids.repeat_interleave(group, 0),
@@ -424,38 +393,33 @@ def roll_out_batch(
         synced_gpus=isinstance(model, FSDPModule),
     )
     tokens = out[:, ids.shape[1] :]
-    ended = torch.isin(tokens, torch.tensor(policy.stop, device=device))
-    kept = ended.cumsum(1) - ended.long() == 0  # up to and with the stop token
+    ended = torch.isin(tokens, torch.tensor(policy.stop, device=tokens.device))
+    kept = ended.cumsum(1) - ended.long() == 0
     return tokens, kept, torch.cat(choose.logp, 1) * kept
 
 
-def roll_out(
-    policy: Policy, prompts: list[list[int]], uniforms: Tensor, batch: int, longest: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def rollout(policy: Policy, prompts: list[list[int]], uniforms: Tensor, batch: int) -> list[Tensor]:
     """G completions for each of B prompts from uniforms [B,G,T] (T: most tokens), about `batch` at
     a time: tokens, mask (1 up to and with the stop token) and log-probabilities, [B*G,C] each. A
-    prompt is read once for its group. longest: tokens that prompts are padded to, where a GPU's
-    graphs need one shape for all; 0: as few as possible."""
-    group = uniforms.shape[1]
+    prompt is read once for its group."""
+    count, group, _ = uniforms.shape
     at_once = max(1, batch // group)
     parts = []
-    for start in range(0, len(prompts), at_once):
-        rows = [*range(start, min(start + at_once, len(prompts)))]
-        count = len(rows) * group
-        if longest:  # the last batch is as full as the others
+    for start in range(0, count, at_once):
+        rows = [*range(start, min(start + at_once, count))]
+        wanted = len(rows) * group
+        if policy.static is not None:  # the last batch is as full as the others
             rows += rows[:1] * (at_once - len(rows))
-        part = roll_out_batch(policy, [prompts[row] for row in rows], uniforms[rows], longest)
-        parts.append([value[:count] for value in part])
+        part = complete(policy, [prompts[row] for row in rows], uniforms[rows])
+        parts.append([value[:wanted] for value in part])
     columns = max(tokens.shape[1] for tokens, _, _ in parts)
     padded = [[F.pad(value, (0, columns - value.shape[1])) for value in part] for part in parts]
-    tokens, kept, logp = (torch.cat(values) for values in zip(*padded, strict=True))
-    return tokens, kept, logp
+    return [torch.cat(values) for values in zip(*padded, strict=True)]
 
 
 # ----------------------------------------------------------------------------------- training pass
 class Batch(NamedTuple):
-    """A rollout as the training pass reads it: B prompts, G completions of each one after another.
-    Sizes are the same in all processes, for passes that must be as many."""
+    """A rollout as the training pass reads it: G completions of each of B prompts, in a row."""
 
     ids: Tensor  # [B,P], left-padded
     mask: Tensor  # [B,P]
@@ -463,9 +427,7 @@ class Batch(NamedTuple):
     kept: Tensor  # [B*G,C], True up to and with the stop token
 
 
-def read_completions(
-    model: nn.Module, first: Tensor, cache: list[Tensor], mask: Tensor, tokens: Tensor
-) -> Tensor:
+def read_completions(model, first: Tensor, cache: list[Tensor], mask: Tensor, tokens: Tensor):
     """Logits [n,C,V] of completions [n,C] whose prompts' last logits [n,1,V], keys and values
     [n,...] (layer by layer) and mask [n,P] are given."""
     own = DynamicCache()
@@ -478,101 +440,81 @@ def read_completions(
     return torch.cat([first, rest[:, :-1]], dim=1)
 
 
-def read_rows(model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    """The same from ordinary rows prompt + completion, for gradient checkpointing: ids, mask [n,P],
-    tokens [n,C] -> logits [n,C,V]."""
+def read_ordinary_rows(model, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """The same of rows prompt + completion, for gradient checkpointing, which has no cache: ids,
+    mask [n,P], tokens [n,C] -> logits [n,C,V]."""
+    layers = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
+    for layer in layers:  # a layer asks its own flag; the dropout inside it stays off
+        layer.training = True
     seen = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-    positions = (seen.cumsum(-1) - 1).clamp(min=0)
-    rows = {"input_ids": torch.cat([ids, tokens], dim=1), "attention_mask": seen}
-    keep = tokens.shape[1] + 1
-    out = model(**rows, position_ids=positions, use_cache=False, logits_to_keep=keep)
-    return out.logits[:, :-1]
+    inputs = {"input_ids": torch.cat([ids, tokens], dim=1), "attention_mask": seen}
+    inputs["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)
+    logits = model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
+    model.eval()
+    return logits
 
 
-def token_log_probabilities(
-    logits: Tensor, tokens: Tensor, policy: Policy
-) -> tuple[Tensor, Tensor]:
+def token_log_probabilities(logits: Tensor, tokens: Tensor, policy: Policy):
     """log pi(token), and the entropy of pi in nats (without gradient): logits [n,C,V], tokens [n,C]
     -> two float32 [n,C]."""
     logits = scaled_logits(logits, policy)
     normaliser = logits.logsumexp(-1)
     logp = logits.gather(-1, tokens[..., None]).squeeze(-1) - normaliser
-    with torch.no_grad():  # row by row, for its [C,V] are large
+    with torch.no_grad():  # row by row, for [n,C,V] is large
         expected = [(row.softmax(-1) * row).sum(-1) for row in logits]
     return logp, normaliser.detach() - torch.stack(expected)
 
 
-def completion_passes(
-    policy: Policy, model: nn.Module, batch: Batch, train_tokens: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Log-probabilities and entropies [n,C] of some completions after another, and which they are.
-
-    A prompt is read once for all its completions. Its keys and values are handed to them as
-    leaves: the caller's own backward pass, before it asks for the next ones, ends there, and one
-    backward pass through the prompts takes on what has come together (ours)."""
+def completion_passes(policy: Policy, model: nn.Module, batch: Batch, args: Args) -> Iterator:
+    """Log-probabilities and entropies [n,C] of some completions after another, behind the slice of
+    them. A prompt is read once for all its completions: they get its keys and values as leaves, at
+    which the caller's own backward pass ends, to be taken before it asks for the next; one backward
+    pass through the prompts takes on what has come together there (ours)."""
     group = len(batch.tokens) // len(batch.ids)
-    prompts_at_once = max(1, train_tokens // batch.ids.shape[1])
-    rows_at_once = max(1, train_tokens // batch.tokens.shape[1])
-    checkpointed = [part for part in model.modules() if getattr(part, "gradient_checkpointing", 0)]
-    autocast = policy.sampler is not policy.model  # float32 weights, matrix products in bfloat16
-    device = batch.ids.device.type
+    # Of the greatest lengths, so that all processes have as many passes (FSDP).
+    prompts_at_once, rows_at_once = (max(1, args.train_tokens // most) for most in policy.lengths)
+    # Weights that are trained in float32, for products in bfloat16.
+    mixed = {"dtype": torch.bfloat16, "enabled": policy.sampler is not policy.model}
     for start in range(0, len(batch.ids), prompts_at_once):
-        some = slice(start, start + prompts_at_once)
-        ids, mask = batch.ids[some], batch.mask[some]
-        if not checkpointed:
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        ids, mask = (part[start : start + prompts_at_once] for part in (batch.ids, batch.mask))
+        made = []
+        if not args.gradient_checkpointing:
+            with torch.autocast(ids.device.type, **mixed):
                 first, cache = read_prompts(model, ids, mask)
             made = [first, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
-            leaves = [part.detach().requires_grad_(part.requires_grad) for part in made]
+        leaves = [part.detach().requires_grad_(part.requires_grad) for part in made]
         end = (start + len(ids)) * group
         for row in range(start * group, end, rows_at_once):
             at = slice(row, min(row + rows_at_once, end))
             width = int(batch.kept[at].sum(1).max())
             tokens = batch.tokens[at, :width]
-            prompt = torch.arange(at.start, at.stop, device=ids.device) // group - start  # [n]
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                if checkpointed:
-                    for layer in checkpointed:  # which looks at its own flag; the dropout inside
-                        layer.training = True  # stays off
-                    logits = read_rows(model, ids[prompt], mask[prompt], tokens)
+            own = (
+                torch.arange(at.start, at.stop, device=ids.device) // group - start
+            )  # [n], prompts
+            with torch.autocast(ids.device.type, **mixed):
+                if args.gradient_checkpointing:
+                    logits = read_ordinary_rows(model, ids[own], mask[own], tokens)
                 else:
-                    first, *cache = [leaf[prompt] for leaf in leaves]
-                    logits = read_completions(model, first, cache, mask[prompt], tokens)
+                    first, *cache = [leaf[own] for leaf in leaves]
+                    logits = read_completions(model, first, cache, mask[own], tokens)
             values = token_log_probabilities(logits, tokens, policy)
-            del logits
-            logp, entropy = (F.pad(v, (0, batch.tokens.shape[1] - width)) for v in values)
-            yield at, logp, entropy
-            for layer in checkpointed:
-                layer.training = False
-        if not checkpointed:
-            pairs = [(m, leaf.grad) for m, leaf in zip(made, leaves, strict=True)]
-            pairs = [(m, grad) for m, grad in pairs if grad is not None]
-            if pairs:
-                torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+            yield at, *(F.pad(value, (0, batch.tokens.shape[1] - width)) for value in values)
+        pairs = [(part, leaf.grad) for part, leaf in zip(made, leaves, strict=True)]
+        pairs = [(part, gradient) for part, gradient in pairs if gradient is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
 
 
 @torch.no_grad()
-def reference_log_probabilities(policy: Policy, batch: Batch, train_tokens: int) -> Tensor:
-    """Log-probabilities [B*G,C] under the reference: the frozen copy, or the model without its
-    LoRA."""
+def reference_log_probabilities(policy: Policy, batch: Batch, args: Args) -> Tensor:
+    """Log-probabilities [B*G,C] of the frozen copy, or of the model without its LoRA."""
     if policy.reference is None:
         policy.model.disable_adapter_layers()
-    model = policy.model if policy.reference is None else policy.reference
-    parts = [logp for _, logp, _ in completion_passes(policy, model, batch, train_tokens)]
+    passes = completion_passes(policy, policy.reference or policy.model, batch, args)
+    logp = torch.cat([part for _, part, _ in passes])
     if policy.reference is None:
         policy.model.enable_adapter_layers()
-    return torch.cat(parts)
-
-
-def make_batch(
-    policy: Policy, prompts: list[list[int]], tokens: Tensor, kept: Tensor, accelerator
-) -> Batch:
-    """A rollout for the training pass, with sizes that are the same in all processes."""
-    sizes = torch.tensor([max(map(len, prompts)), tokens.shape[1]], device=tokens.device)
-    longest, columns = accelerator.gather(sizes).view(-1, 2).amax(0).tolist()
-    ids, mask = pad_left(prompts, policy.pad, tokens.device, longest)
-    missing = (0, columns - tokens.shape[1])
-    return Batch(ids, mask, F.pad(tokens, missing), F.pad(kept, missing))
+    return logp
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -584,7 +526,7 @@ def distinct_2(completions: list[list[int]]) -> float | None:
 
 
 def mean_of(values: list) -> float | None:
-    """Mean of those that are numbers, None where there is none."""
+    """Mean of those that are not None, None where there is none."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None
 
@@ -604,42 +546,35 @@ def evaluate(policy: Policy, judges: "Judges", eval_set: EvalSet, tokenizer, acc
     count, group = len(eval_set.prompts), args.eval_samples
     share = math.ceil(count / accelerator.num_processes)  # the last processes do some once more
     mine = [(accelerator.process_index * share + i) % count for i in range(share)]
-    prompts = [eval_set.prompts[i] for i in mine]
-    ids, rows = [prompt.ids for prompt in prompts], [prompt.row for prompt in prompts]
-    sampling = policy._replace(temperature=eval_set.temperature)
-    longest = args.max_prompt_length if policy.static is not None else 0
+    prompts = [eval_set.prompts[i].ids for i in mine]
+    rows = [eval_set.prompts[i].row for i in mine for _ in range(group)]
     uniforms = eval_set.uniforms[mine].to(accelerator.device)
-    tokens, kept, _ = roll_out(sampling, ids, uniforms, args.rollout_batch, longest)
-    batch = make_batch(policy, ids, tokens, kept, accelerator)
-    passes = [*completion_passes(policy, policy.model, batch, args.train_tokens)]
-    logp, entropy = (torch.cat([part[i] for part in passes]) for i in (1, 2))
-    kl = kl_k3(logp, reference_log_probabilities(policy, batch, args.train_tokens))
-    kl_sums, entropy_sums = (kl * batch.kept).sum(1).tolist(), (entropy * batch.kept).sum(1)
-    entropy_sums = entropy_sums.tolist()
+    sampler = policy._replace(temperature=eval_set.temperature)
+    tokens, kept, _ = rollout(sampler, prompts, uniforms, args.rollout_batch)
+    batch = Batch(*pad_left(policy, prompts), tokens, kept)
+    ref_logp = reference_log_probabilities(policy, batch, args)
+    kl, entropy = torch.zeros_like(ref_logp), torch.zeros_like(ref_logp)  # [N,C]
+    for at, logp, own in completion_passes(policy, policy.model, batch, args):
+        kl[at], entropy[at] = kl_k3(logp, ref_logp[at]), own
     completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rows = [row for row in rows for _ in range(group)]
-    values = score_all(judges, texts, rows)  # [B*G,R]
+    values = score(judges, texts, rows)  # [N,R]
     records = []
     for i, completion in enumerate(completions):
         record = {"prompt": rows[i]["prompt"], "completion": texts[i]}
         record["reward"] = (values[i] @ judges.weights).item()
         for name, value in zip(judges.rewards, values[i].tolist(), strict=True):
             record[f"reward_{name}"] = value
-        record |= {"tokens": len(completion), "cut_off": completion[-1] not in policy.stop}
-        record |= {"kl": kl_sums[i], "entropy": entropy_sums[i]}  # sums over its tokens
         record["distinct_2"] = distinct_2(completions[i - i % group : i - i % group + group])
+        record |= {"tokens": len(completion), "cut_off": completion[-1] not in policy.stop}
+        record |= {"kl": (kl[i] * kept[i]).sum().item()}  # of all its tokens
+        record |= {"entropy": (entropy[i] * kept[i]).sum().item()}
         records.append(record)
     records = gather_object(records)[: count * group]
-    length = sum(record["tokens"] for record in records)
-    figures = {"reward": mean_of([record["reward"] for record in records])}
-    for name in judges.rewards:
-        figures[f"reward_{name}"] = mean_of([record[f"reward_{name}"] for record in records])
-    figures["distinct_2"] = mean_of([record["distinct_2"] for record in records])
-    figures["kl"] = sum(record["kl"] for record in records) / length
-    figures["entropy"] = sum(record["entropy"] for record in records) / length
-    figures["mean_length"] = length / len(records)
-    figures["clipped_ratio"] = mean_of([float(record["cut_off"]) for record in records])
+    figures = {name: mean_of([record[name] for record in records]) for name in [*records[0]][2:]}
+    length = figures["mean_length"] = figures.pop("tokens")
+    figures |= {"kl": figures["kl"] / length, "entropy": figures["entropy"] / length}
+    figures["clipped_ratio"] = figures.pop("cut_off")
     return figures, records
 
 
@@ -667,22 +602,24 @@ class RewardModel:
     template as RM-Gemma's card does (TRL joins plain prompts and completions without one)."""
 
     def __init__(self, source: tuple[str, str | None], batch: int, device, dtype):
-        name, revision = source
-        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        kind = AutoModelForSequenceClassification
-        model = load_verified(kind, "--reward-model", source, dtype=dtype)
-        self.model, self.batch, self.device = model.to(device).eval(), batch, device
-        if model.config.num_labels != 1:
-            remedy = "for another kind of classifier write a --reward FILE.py:function"
-            labels = f"has {model.config.num_labels} logits, must have 1"
-            raise InputError(f"--reward-model {name}: {labels}; {remedy}")
+        kind, flag = AutoModelForSequenceClassification, "--reward-model"
+        self.model = load_verified(kind, flag, source, dtype=dtype).to(device).eval()
+        self.tokenizer, self.batch = AutoTokenizer.from_pretrained(source[0]), batch
+        config = self.model.config.get_text_config()
+        if config.num_labels != 1:
+            remedy = "has to have 1; for another kind write a --reward FILE.py:function"
+            raise InputError(f"{flag} {source[0]}: has {config.num_labels} logits, {remedy}")
         if self.tokenizer.pad_token is None:  # not a token that a text may end with
             bos, unk = self.tokenizer.bos_token, self.tokenizer.unk_token
             self.tokenizer.pad_token = bos or unk or self.tokenizer.eos_token
-        config = model.config.get_text_config()
-        config.pad_token_id = self.tokenizer.pad_token_id  # the last token before it is read
-        self.limit = getattr(config, "max_position_embeddings", None) or 2048
+        config.pad_token_id = (
+            self.tokenizer.pad_token_id
+        )  # the logit of the last other token counts
         self.tokenizer.truncation_side = "left"  # of a text that is too long the completion stays
+        limit = getattr(config, "max_position_embeddings", None) or 2048
+        self.options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        self.options |= {"truncation": True, "max_length": limit}
+        self.options["add_special_tokens"] = not self.tokenizer.chat_template  # which writes them
 
     def text(self, prompt: str | list[dict], completion: str) -> str:
         messages = [*as_messages(prompt), {"role": "assistant", "content": completion}]
@@ -692,23 +629,20 @@ class RewardModel:
 
     def __call__(self, prompts: list, completions: list[str], rows: list[dict]) -> Tensor:
         texts = list(map(self.text, prompts, completions))
-        unique = list(dict.fromkeys(texts))  # else rounding makes advantages of equal completions
-        options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-        options |= {"truncation": True, "max_length": self.limit}
-        options["add_special_tokens"] = not self.tokenizer.chat_template  # a template writes them
-        logits = []
+        values = dict.fromkeys(texts)  # once each: rounding would tell equal completions apart
+        unique = list(values)
         for start in range(0, len(unique), self.batch):
-            inputs = self.tokenizer(unique[start : start + self.batch], **options).to(self.device)
-            logits += self.model(**inputs).logits[:, 0].tolist()
-        values = dict(zip(unique, logits, strict=True))
+            some = unique[start : start + self.batch]
+            inputs = self.tokenizer(some, **self.options).to(self.model.device)
+            values |= zip(some, self.model(**inputs).logits[:, 0].tolist(), strict=True)
         return torch.tensor([values[text] for text in texts])
 
 
-def load_plugin(flag: str, spec: str) -> Callable:
+def load_plugin(spec: str) -> Callable:
     """The function of FILE.py:function. Its own errors are shown as they are."""
     path, _, name = spec.rpartition(":")
     if not (path.endswith(".py") and Path(path).is_file()):
-        raise InputError(f"{flag} {spec}: give FILE.py:function of an existing file")
+        raise InputError(f"--reward {spec}: give FILE.py:function of an existing file")
     module_name = f"reward_plugin_{Path(path).stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(module_spec)
@@ -717,30 +651,24 @@ def load_plugin(flag: str, spec: str) -> Callable:
     return getattr(module, name)
 
 
-def build_judges(args: Args, sources: list, train: list["Prompt"], device, dtype) -> Judges:
+def build_judges(args: Args, models: list[tuple], train: list["Prompt"], device, dtype) -> Judges:
     """Rewards and their weights, tried on a prompt of each kind: a wrong plug-in, and a template
     that refuses system messages, are found at once."""
-    rewards = {}
-    for flag, spec in [("--reward-model", s) for s in sources] + [
-        ("--reward", s) for s in args.reward
-    ]:
-        name = spec.rpartition(":")[2] if flag == "--reward" else Path(spec[0]).name
-        if name in {*rewards, *TAKEN_TAGS}:
-            raise InputError(f"{flag} {spec}: the tag {name} is taken; rename it")
-        if flag == "--reward":
-            rewards[name] = load_plugin(flag, spec)
-        else:
-            rewards[name] = RewardModel(spec, args.reward_batch, device, dtype)
-    weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
+    names = [Path(name).name for name, _ in models]
+    names += [spec.rpartition(":")[2] for spec in args.reward]
+    if len(names) > len({*names} - TAKEN_TAGS):
+        raise InputError(f"--reward, --reward-model: the names {names} collide; rename one")
+    functions = [RewardModel(source, args.reward_batch, device, dtype) for source in models]
+    functions += [load_plugin(spec) for spec in args.reward]
+    weights = torch.tensor(args.reward_weights or [1.0] * len(functions))
+    judges = Judges(dict(zip(names, functions, strict=True)), weights)
     kinds = {tuple(m["role"] for m in as_messages(p.row["prompt"])): p.row for p in train}
-    rows = [row for row in kinds.values() for _ in range(2)]
-    judges = Judges(rewards, weights)
-    score_all(judges, ["", "a completion"] * len(kinds), rows)
+    score(judges, ["", "a completion"] * len(kinds), [row for row in kinds.values() for _ in "12"])
     return judges
 
 
 @torch.no_grad()
-def score_all(judges: Judges, completions: list[str], rows: list[dict]) -> Tensor:
+def score(judges: Judges, completions: list[str], rows: list[dict]) -> Tensor:
     """All rewards of B completions -> float32 [B,R] on the CPU. Raises InputError where one returns
     another number of values, or one that is not finite."""
     columns = []
@@ -760,7 +688,7 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
     return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
 
 
-def read_rows_of(spec: str, split: str | None) -> tuple[list, str]:
+def read_source(spec: str, split: str | None) -> tuple[list, str]:
     """The rows of a file, or of NAME[:CONFIGURATION][@REVISION], and the source with its commit."""
     path = Path(spec)
     if path.suffix == ".parquet":
@@ -790,24 +718,23 @@ def read_rows_of(spec: str, split: str | None) -> tuple[list, str]:
 
 
 def usable_prompt(prompt) -> str | list[dict] | None:
-    """A prompt without white space at its ends; chat messages without the assistant's last turns,
-    which are the answer. None where nothing is left."""
+    """A prompt; of chat messages without the assistant's last turns, which are the answer. None
+    for what is neither text nor messages, or empty."""
     if isinstance(prompt, str):
-        return prompt.strip("\r\n") if prompt.strip() else None
-    if not isinstance(prompt, list):
-        return None
-    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
+        return prompt if prompt.strip() else None
+    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
         return None
     while prompt and prompt[-1].get("role") == "assistant":
         prompt = prompt[:-1]
-    return prompt if prompt and all("role" in message for message in prompt) else None
+    parts = [turn.get(key) for turn in prompt for key in ("role", "content")]
+    return prompt if prompt and all(isinstance(part, str) for part in parts) else None
 
 
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
     """Rows with different prompts in their order, the prompt (text or chat messages) under
     "prompt"; which rows are not used; the source with its commit. Raises InputError."""
     try:
-        rows, source = read_rows_of(spec, split)
+        rows, source = read_source(spec, split)
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
     except Exception as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}"
@@ -822,16 +749,14 @@ def load_rows(flag: str, spec: str, column: str | None, split: str | None):
         key = json.dumps(prompt)
         counts["without a prompt"] += prompt is None
         counts["with a prompt that was there before"] += key in unique
-        if prompt is not None and prompt != row[column] and isinstance(prompt, list):
-            counts["with an answer of the assistant, which is left out"] += 1
+        counts["with an answer, left out"] += prompt not in (None, row.get(column))
         if prompt is not None:
             unique.setdefault(key, row | {"prompt": prompt})
     if not unique:
         columns = f"no prompt in column {column} (columns: {', '.join(map(str, found))})"
         raise InputError(f"--{flag} {spec}: {columns}; see --prompt-column")
     unused = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    note = f"--{flag}: of {len(rows)} rows {unused}" if unused else ""
-    return list(unique.values()), note, source
+    return list(unique.values()), f"--{flag}: {len(rows)} rows, {unused}" * bool(unused), source
 
 
 class Prompt(NamedTuple):
@@ -845,27 +770,17 @@ def encode_prompts(tokenizer, rows: list[dict], chat: bool, options: str = "{}")
     """Tokens of each row's prompt: plain text as it is, messages (and with `chat` everything)
     through the chat template with these options (JSON), ready for the assistant's turn. Raises
     InputError for a tokenizer without one."""
-    texts = []
-    for row in rows:
-        text = row["prompt"]
-        if chat or isinstance(text, list):
-            if not tokenizer.chat_template:
-                remedy = "give an instruct model, or plain text prompts without --chat"
-                raise InputError(f"--model-id: its tokenizer has no chat template; {remedy}")
-            template = {"add_generation_prompt": True, "tokenize": False} | json.loads(options)
-            text = tokenizer.apply_chat_template(as_messages(text), **template)
-        texts.append(text)
-    # A template writes the special tokens itself.
-    kinds = [chat or isinstance(row["prompt"], list) for row in rows]
+    template = {"add_generation_prompt": True, "tokenize": False} | json.loads(options)
     prompts = []
-    for start in tqdm(range(0, len(rows), 1000), "tokenise", disable=len(rows) < 10_000):
-        for templated in set(kinds[start : start + 1000]):
-            end = min(start + 1000, len(rows))
-            some = [i for i in range(start, end) if kinds[i] == templated]
-            options = {"add_special_tokens": not templated}
-            ids = tokenizer([texts[i] for i in some], **options).input_ids
-            prompts += zip(some, ids, strict=True)
-    return [Prompt(rows[i], ids) for i, ids in sorted(prompts)]
+    for row in tqdm(rows, "tokenise", disable=len(rows) < 10_000):
+        text, templated = row["prompt"], chat or isinstance(row["prompt"], list)
+        if templated and not tokenizer.chat_template:
+            remedy = "give an instruct model, or plain text prompts without --chat"
+            raise InputError(f"--model-id: its tokenizer has no chat template; {remedy}")
+        if templated:  # the template writes the special tokens itself
+            text = tokenizer.apply_chat_template(as_messages(text), **template)
+        prompts.append(Prompt(row, tokenizer(text, add_special_tokens=not templated).input_ids))
+    return prompts
 
 
 def load_prompts(args: Args, tokenizer) -> tuple[list[Prompt], list[Prompt], str, dict[str, str]]:
@@ -890,14 +805,11 @@ def load_prompts(args: Args, tokenizer) -> tuple[list[Prompt], list[Prompt], str
     kept = []
     for rows in (train, heldout):
         prompts = encode_prompts(tokenizer, rows, args.chat, args.chat_template_kwargs)
-        fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= args.max_prompt_length]
-        if not fitting:
-            shortest = min(len(prompt.ids) for prompt in prompts)
-            raise InputError(f"--max-prompt-length: the shortest prompt has {shortest} tokens")
-        if len(fitting) < len(rows):
-            longer = f"{len(rows) - len(fitting)} prompts of more than {args.max_prompt_length}"
-            notes.append(f"{longer} tokens are left out")
-        kept.append(fitting)
+        kept.append([one for one in prompts if 0 < len(one.ids) <= args.max_prompt_length])
+        longer = f"{len(rows) - len(kept[-1])} prompts of more than {args.max_prompt_length} tokens"
+        if not kept[-1]:
+            raise InputError(f"--max-prompt-length: {longer}, and no other")
+        notes.append(f"{longer} are left out" * (len(kept[-1]) < len(rows)))
     note = "; ".join(filter(None, notes))
     return kept[0], kept[1][: args.eval_max_prompts], note, sources
 
@@ -908,9 +820,6 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     found before gigabytes are fetched. A folder has no commit. Raises InputError."""
     name, _, revision = spec.partition("@")
     if Path(spec).is_dir():
-        if flag == "--model-id" and (Path(spec) / "adapter_config.json").is_file():
-            remedy = "give its base model as --model-id and this folder as --adapter"
-            raise InputError(f"{flag} {spec}: is a LoRA, not a model; {remedy}")
         return spec, None
     try:
         path = hf_hub_download(name, "config.json", revision=revision or None)
@@ -921,101 +830,106 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     return name, Path(path).parent.name
 
 
-def refuse_missing(flag: str, name: str, missing: list[str]) -> None:
-    """Raise InputError for weights that are not in a checkpoint: they would be random."""
-    if missing:
-        lost = f"{len(missing)} weights are not in its files, such as {sorted(missing)[0]}"
-        raise InputError(f"{flag} {name}: {lost}")
-
-
 def load_verified(kind, flag: str, source: tuple[str, str | None], **options) -> nn.Module:
-    """kind.from_pretrained with nothing left to chance: weights that the library reports as missing
-    are refused, but for a head that a LoRA brings. Raises InputError."""
+    """kind.from_pretrained, and of a LoRA's folder its base model with it. Raises InputError where
+    the library reports weights that are not in the files: they would be random."""
     name, revision = source
-    adapter = (Path(name) / "adapter_config.json").is_file()
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path if adapter else name
+    lora = (Path(name) / "adapter_config.json").is_file()
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path if lora else name
     options |= {"revision": revision, "output_loading_info": True, "trust_remote_code": False}
     try:
         model, report = kind.from_pretrained(base, **options)
     except Exception as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}"
         raise InputError(f"{flag} {name}: cannot be loaded ({reason})") from error
-    missing = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
-    if adapter:
-        model = load_adapter(model, flag, name)
-        heads = tuple(model.peft_config["default"].modules_to_save or ())
-        missing = [key for key in missing if not key.startswith(heads)]
-    refuse_missing(flag, name, missing)
+    model, brought = load_adapter(model, flag, name) if lora else (model, ())
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    missing = [key for key in missing if not key.startswith(tuple(brought))]  # the LoRA's own head
+    if missing:
+        lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
+        raise InputError(f"{flag} {name}: {lost}")
     return model
 
 
-def load_adapter(model: nn.Module, flag: str, folder: str) -> nn.Module:
-    """The model with a trainable LoRA from a folder, all of it applied. Raises InputError."""
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        config.inference_mode = False
-        model = get_peft_model(model, config)
-        report = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{flag} {folder}: the LoRA cannot be loaded ({reason})") from error
-    ours = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    refuse_missing(flag, folder, [key for key in report.missing_keys if key in ours])
-    if report.unexpected_keys:
-        raise InputError(f"{flag} {folder}: does not fit the model: {report.unexpected_keys[0]}")
-    return model
+def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, list[str]]:
+    """The model with a trainable LoRA from a folder, and which whole modules came with it. Raises
+    InputError where it does not fit exactly."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = get_peft_model(model, config)
+    weights = load_peft_weights(folder, device="cpu")
+    expected = get_peft_model_state_dict(model)
+    wrong = {
+        name
+        for name, part in expected.items()
+        if name not in weights or part.shape != weights[name].shape
+    }
+    wrong |= weights.keys() - expected.keys()
+    if wrong:
+        raise InputError(f"{flag} {folder}: does not fit the model, such as {sorted(wrong)[0]}")
+    set_peft_model_state_dict(model, weights)
+    return model, config.modules_to_save or []
 
 
-def load_policy(
-    args: Args, source: tuple[str, str | None], tokenizer, device, bf16: bool
-) -> Policy:
+def check_lengths(config, args: Args) -> None:
+    """Raise InputError where prompt and completion may be longer than the model can read."""
+    needed = args.max_prompt_length + args.max_completion_length
+    limit = getattr(config, "max_position_embeddings", None) or needed
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # which changes keys that are cached
+        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    if limit < needed:
+        what = (
+            f"together {needed}, more than the {limit} that the model can read; lower one of them"
+        )
+        raise InputError(f"--max-prompt-length, --max-completion-length: {what}")
+
+
+def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Policy:
     """Model, sampler and reference on the device. All weights are trained in float32; below a LoRA
     in float32 the frozen ones have the precision of the run. Raises InputError."""
-    lora = args.lora_rank or args.adapter
+    if (Path(source[0]) / "adapter_config.json").is_file():
+        remedy = "give its base model as --model-id and this folder as --adapter"
+        raise InputError(f"--model-id {source[0]}: is a LoRA, not a model; {remedy}")
+    lora = args.lora_rank > 0 or args.adapter is not None
     dtype = torch.bfloat16 if bf16 and lora else torch.float32
     model = load_verified(AutoModelForCausalLM, "--model-id", source, dtype=dtype).to(device)
-    config, vocabulary = model.config.get_text_config(), model.get_output_embeddings().weight
-    needed = args.max_prompt_length + args.max_completion_length
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and limit < needed:
-        what = f"more than the model's context of {limit} tokens; lower one of them"
-        raise InputError(f"--max-prompt-length, --max-completion-length: {needed}, {what}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or limit
-    if rope.get("rope_type") in ("dynamic", "longrope") and original < needed:
-        what = f"{rope['rope_type']} rope changes beyond {original} tokens, of which a cache knows"
-        raise InputError(f"--max-prompt-length, --max-completion-length: {needed}: {what} nothing")
+    config = model.config.get_text_config()
+    check_lengths(config, args)
     stop = stop_tokens(model, tokenizer)
-    readable = torch.tensor(sorted(tokenizer.get_vocab().values()))
-    unreadable = torch.ones(len(vocabulary), dtype=torch.bool)
-    unreadable[readable[readable < len(vocabulary)]] = False
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=pad)  # and no more
-    reference = None
+    # Qwen2 has 151,936 rows in its head, and 151,646 tokens.
+    unreadable = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    unreadable[[token for token in tokenizer.get_vocab().values() if token < len(unreadable)]] = (
+        False
+    )
+    pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(pad_token_id=pad)  # no penalties of the model's own
     if args.adapter:
-        model = load_adapter(model, "--adapter", args.adapter)
-    elif args.lora_rank:
-        targets = args.lora_targets[0] if len(args.lora_targets) == 1 else list(args.lora_targets)
-        targets = targets if targets == "all-linear" else list(args.lora_targets)
+        model, _ = load_adapter(model, "--adapter", args.adapter)
+    elif lora:
+        targets = "all-linear" if args.lora_targets == ("all-linear",) else list(args.lora_targets)
         options = {"lora_alpha": args.lora_alpha, "target_modules": targets}
-        model = get_peft_model(model, LoraConfig(args.lora_rank, task_type="CAUSAL_LM", **options))
-    else:
-        reference = copy.deepcopy(model).requires_grad_(False).eval()
+        model = get_peft_model(
+            model, LoraConfig(r=args.lora_rank, task_type="CAUSAL_LM", **options)
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()  # else a LoRA behind a frozen embedding gets no gradient
-    sampler = model.eval()  # dropout would make rollout, old policy and reference other functions
+    model.eval()  # with dropout rollout, old policy and reference would be other functions
+    reference = None if lora else copy.deepcopy(model).requires_grad_(False)
+    sampler = model
     if args.fsdp:
-        for network in (model, reference):
-            shard(network, bf16)
+        shard(model, bf16)
+        shard(reference, bf16)
     elif bf16 and not lora:
         sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)
+    warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
+    warpers += [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     static = {} if device.type == "cuda" and plain and not args.fsdp else None
-    return Policy(
-        model, sampler, reference, stop, unreadable.to(device), pad,
-        args.temperature, args.top_p, args.top_k, static,
-    )  # fmt: skip
+    lengths = args.max_prompt_length, args.max_completion_length
+    tokens = stop, unreadable.to(device), pad, args.temperature, warpers
+    return Policy(model, sampler, reference, *tokens, static, lengths)
 
 
 def shard(network: nn.Module, bf16: bool) -> None:
@@ -1037,37 +951,34 @@ def renew_sampler(policy: Policy) -> None:
                 copied.copy_(trained)
 
 
-def check_cache(policy: Policy, model_id: str, prompts: list[list[int]], device) -> None:
-    """Raise InputError for a model whose cache is not the keys and values of the prompt, one of
-    each in every layer: its completions cannot be read on top of a prompt that is read once."""
+@torch.no_grad()
+def check_cache(policy: Policy, prompts: list[list[int]]) -> None:
+    """Raise InputError for a model whose cache is not the prompt's keys and values in each layer:
+    completions cannot be read on top of it."""
     config = policy.model.config.get_text_config()
-    expected = [type(layer) for layer in DynamicCache(config=config).layers]
-    ids, mask = pad_left(prompts, policy.pad, device)
-    with torch.no_grad():
-        _, cache = read_prompts(policy.sampler, ids, mask)
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    _, cache = read_prompts(policy.sampler, *pad_left(policy, prompts))
     lengths = [layer.get_seq_length() for layer in cache.layers]
-    other = set(expected) - {DynamicLayer, DynamicSlidingWindowLayer}
-    if other or lengths != [ids.shape[1]] * config.num_hidden_layers:
-        kinds = ", ".join(sorted(kind.__name__ for kind in other)) or f"lengths {lengths}"
-        what = f"its cache is not a prompt's keys and values ({kinds})"
-        raise InputError(f"--model-id {model_id}: {what}; give a model of plain attention")
+    whole = lengths == [max(map(len, prompts))] * config.num_hidden_layers
+    if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or not whole:
+        what = f"its cache is not keys and values of all tokens ({kinds}, {lengths})"
+        raise InputError(f"--model-id: {what}; give a model of plain or sliding attention")
 
 
 def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
     """Ids that end a completion: those of the generation config, the tokenizer's, and the token
     that ends the assistant's turn in the chat template. Raises InputError where there is none."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*ids] if isinstance(ids, list) else [ids]
-    ids.append(tokenizer.eos_token_id)
+    ids = model.generation_config.eos_token_id
+    ids = {*ids} if isinstance(ids, list) else {ids}
+    ids.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a-turn"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("a-turn")[2]
         after = tokenizer(text, add_special_tokens=False).input_ids[:1]
-        ids += [token for token in after if token in tokenizer.all_special_ids]
-    stop = sorted({token for token in ids if token is not None})
-    if not stop:
+        ids |= {*after} & {*tokenizer.all_special_ids}
+    if not ids - {None}:
         raise InputError("--model-id: no end-of-sequence token in tokenizer or generation config")
-    return stop
+    return sorted(ids - {None})
 
 
 # --------------------------------------------------------------------------------------- run files
@@ -1097,38 +1008,28 @@ def find_run(args: Args) -> tuple[Args, Path, dict]:
     if args.resume == "latest":
         runs = Path(args.output_dir).glob("*/args.json")
         runs = [file for file in runs if f'"script": "{SCRIPT}"' in file.read_text()]
-        folder = max(
-            runs, key=lambda file: file.stat().st_mtime_ns, default=folder / "args.json"
-        ).parent
+        runs.sort(key=lambda file: file.stat().st_mtime_ns)
+        folder = runs[-1].parent if runs else folder
     if not args.resume or not any(folder.glob("checkpoint*.pt")):
         raise InputError(f"--resume {args.resume}: no checkpoint in {folder}; start a new run")
+    given = {word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"}
+    if given - {"--resume", "--output-dir"}:
+        what = f"{folder} goes on with its own flags; leave out {sorted(given - {'--resume'})}"
+        raise InputError(f"--resume: {what}")
     record = json.loads((folder / "args.json").read_text())
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
-    stored = Args(**kept)
-    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv}
-    for field in dataclasses.fields(Args):
-        name, value, kept = field.name, getattr(args, field.name), getattr(stored, field.name)
-        given = f"--{name.replace('_', '-')}" in words or value != field.default
-        if given and value != kept and name not in ("resume", "output_dir"):
-            raise InputError(
-                f"--{name.replace('_', '-')}: the resumed run has {kept}; leave it out"
-            )
-    return dataclasses.replace(stored, **record["sources"]), folder, record
+    kept = record["args"] | record["sources"]  # the very commits
+    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+    return Args(**kept), folder, record
 
 
-def lock_run(run_dir: Path) -> TextIO | None:
-    """A lock that lives as long as the returned file. Raises InputError where another process has
-    it: two would write one run."""
-    if os.name == "nt":
-        return None
-    import fcntl  # not on Windows
-
-    file = (run_dir / "args.json").open()
+def lock_run(run_dir: Path) -> FileLock:
+    """Hold the run until this process ends. Raises InputError where another writes it."""
+    lock = FileLock(run_dir / ".lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire(blocking=False)
+    except Timeout as error:
         raise InputError(f"--resume: another process is writing {run_dir}") from error
-    return file
+    return lock
 
 
 def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
@@ -1191,31 +1092,23 @@ def restore(run_dir: Path | None, checkpoint: dict, model: nn.Module, optimizer)
         os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
 
 
-def save_model(folder: Path, policy: Policy, weights: dict[str, Tensor]) -> None:
+def save_model(folder: Path, policy: Policy, weights: dict[str, Tensor], args: Args) -> None:
     """What transformers or PEFT loads; its generation config says how it was sampled."""
-    sampling = {"do_sample": True, "temperature": policy.temperature, "top_p": policy.top_p}
-    sampling |= {"top_k": policy.top_k, "eos_token_id": policy.stop, "pad_token_id": policy.pad}
-    model = policy.model
-    neutral, model.generation_config = model.generation_config, GenerationConfig(**sampling)
-    model.save_pretrained(folder, state_dict=weights)
-    model.generation_config = neutral
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    sampling |= {"top_k": args.top_k, "eos_token_id": policy.stop, "pad_token_id": policy.pad}
+    policy.model.generation_config = GenerationConfig(**sampling)
+    policy.model.save_pretrained(folder, state_dict=weights)
 
 
-def finish(run_dir: Path, summary: dict, source: tuple[str, str | None], lora: bool) -> None:
+def finish(run_dir: Path, summary: dict, base: str, lora: bool) -> None:
     """The whole run in one file and as a table, and how to load the result."""
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
     for name, value in summary["final"].items():
         print(f"{name:22s}{summary['base'][name] or 0:10.4f} -> {value or 0:.4f}")
-    name, revision = source
-    print(f"Completions in {run_dir}/samples. To use the result:")
-    print("from transformers import AutoModelForCausalLM")
-    if lora:
-        print("from peft import PeftModel")
-        options = f'"{name}", revision={revision!r}'
-        print(f"base = AutoModelForCausalLM.from_pretrained({options})")
-        print(f'model = PeftModel.from_pretrained(base, "{run_dir / "final"}")')
-    else:
-        print(f'model = AutoModelForCausalLM.from_pretrained("{run_dir / "final"}")')
+    kind = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
+    print(f"Completions in {run_dir}/samples. To use the result{f', a LoRA of {base}' * lora}:")
+    print(f"from {'peft' if lora else 'transformers'} import {kind}")
+    print(f'model = {kind}.from_pretrained("{run_dir / "final"}")')
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1224,18 +1117,16 @@ def check_args(args: Args, processes: int) -> None:
     may_be_zero = {"seed", "lora_rank", "top_k", "beta0", "weight_decay", "eval_temperature"}
     for name, value in vars(args).items():
         values = value if isinstance(value, tuple) else (value,)
-        lowest = 0 if name in may_be_zero else 1e-30
-        lowest = -math.inf if name == "reward_weights" else lowest
         numbers = [number for number in values if type(number) in (int, float)]
+        lowest = -math.inf if name == "reward_weights" else 0 if name in may_be_zero else 1e-30
         if not all(math.isfinite(number) and number >= lowest for number in numbers):
-            flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
-            raise InputError(f"{flag}: must be {'finite' if lowest < 0 else 'positive'}")
+            raise InputError(f"--{name.replace('_', '-')} {value}: is out of its range")
     rewards = len(args.reward_model or ()) + len(args.reward)
     if args.reward_weights is not None and len(args.reward_weights) != rewards:
         raise InputError("--reward-weights: must be as many as --reward-model and --reward name")
     if args.group_size < 2 or args.top_p > 1:
         raise InputError(
-            "--group-size, --top-p: at least 2, the others are the baseline; at most 1"
+            "--group-size: at least 2, the others are the baseline; --top-p: at most 1"
         )
     if args.prompts_per_update % processes:
         raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
@@ -1282,14 +1173,14 @@ def main(args: Args) -> None:
 
     seed_everything(args.seed)
     policy = load_policy(args, source, tokenizer, device, dtype == torch.bfloat16)
-    check_cache(policy, args.model_id, [train[0].ids, heldout[0].ids], device)
+    check_cache(policy, [train[0].ids, heldout[0].ids])
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(trained, **options)
 
     if not resumed:
         run_dir = create_run(args, sources, prompts_sha256) if is_main else None
-    lock = lock_run(run_dir) if is_main else None  # held until the process ends
+    lock = lock_run(run_dir) if is_main else None
     groups, group = args.prompts_per_update, args.group_size
     # Whole groups stay in one process.
     my_groups = slice(rank * groups // processes, (rank + 1) * groups // processes)
@@ -1323,8 +1214,6 @@ def main(args: Args) -> None:
         save_samples(run_dir, writer, 0, records)
         log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
-    without_spread = 0
-    longest = args.max_prompt_length if policy.static is not None else 0
     bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
         # ---- 1. rollout: completions of the policy, and their rewards. Every process draws all
@@ -1335,12 +1224,12 @@ def main(args: Args) -> None:
         prompts = [train[row].ids for row in drawn]
         rows = [train[row].row for row in drawn for _ in range(group)]
         uniforms = torch.rand(groups, group, args.max_completion_length, generator=rng)[my_groups]
-        rollout = roll_out(policy, prompts, uniforms.to(device), args.rollout_batch, longest)
-        tokens, kept, sampled_logp = rollout  # [N,C], N = this process's completions
+        uniforms = uniforms.to(device)
+        tokens, kept, sampled_logp = rollout(policy, prompts, uniforms, args.rollout_batch)  # [N,C]
         completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
         rolled_out = time.perf_counter()
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        values = accelerator.gather(score_all(judges, texts, rows).to(device)).cpu()
+        values = accelerator.gather(score(judges, texts, rows).to(device)).cpu()
         values = values.unflatten(0, (groups, group))  # [P,G,R], of all processes
         reward = values @ judges.weights  # [P,G]
         rewarded = time.perf_counter()
@@ -1356,18 +1245,15 @@ def main(args: Args) -> None:
         # ---- 3. updates on this rollout, in parts whose gradients add up to the gradient of the
         # mean over all completions
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5)
-        batch = make_batch(policy, prompts, tokens, kept, accelerator)
-        sampled_logp = F.pad(sampled_logp, (0, batch.tokens.shape[1] - sampled_logp.shape[1]))
-        ref_logp = reference_log_probabilities(policy, batch, args.train_tokens)  # [N,C]
+        batch = Batch(*pad_left(policy, prompts), tokens, kept)
+        ref_logp = reference_log_probabilities(policy, batch, args)  # [N,C]
         old_logp = torch.zeros_like(ref_logp)
         totals = defaultdict(float)
         for update in range(args.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
             gap = torch.zeros(len(tokens), device=device)  # [N], sampler against this pass
-            for at, logp, entropy in completion_passes(
-                policy, policy.model, batch, args.train_tokens
-            ):
-                mask = batch.kept[at]
+            for at, logp, entropy in completion_passes(policy, policy.model, batch, args):
+                mask = kept[at]
                 if update == 0:
                     old_logp[at] = logp.detach()
                     off = ((sampled_logp[at] - logp.detach()).abs() * mask).sum(1)
@@ -1451,9 +1337,6 @@ def main(args: Args) -> None:
             log(run_dir, writer, iteration, record)
             writer.add_histogram("adrpo/coefficient", coefficient, iteration)
         bar.set_postfix(reward=record["reward/mean"], kl=record["kl"], entropy=record["entropy"])
-        without_spread = without_spread + 1 if constant > 0.8 else 0
-        if without_spread == 10 and is_main:
-            tqdm.write("warning: for ten iterations most groups had one reward for all completions")
         if last or iteration % args.save_every == 0:
             state = training_state(policy.model, optimizer)
             if is_main:
@@ -1464,11 +1347,10 @@ def main(args: Args) -> None:
     weights = training_state(policy.model, optimizer)["weights"]
     if is_main:
         writer.close()
-        save_model(run_dir / "final", policy, weights)
+        save_model(run_dir / "final", policy, weights, args)
         tokenizer.save_pretrained(run_dir / "final")
         summary = {"base": base, "final": metrics, "iterations": args.iterations}
-        lora = policy.reference is None
-        finish(run_dir, summary | {"method": args.method}, source, lora)
+        finish(run_dir, summary | {"method": args.method}, source[0], policy.reference is None)
     del lock
 
 
