@@ -935,11 +935,11 @@ def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Pol
 def shard(network: nn.Module, bf16: bool) -> None:
     """Split a network over the processes (FSDP2), layer by layer."""
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
-    policy = MixedPrecisionPolicy(**options)
+    options = {"mp_policy": MixedPrecisionPolicy(**options), "reshard_after_forward": True}
     for part in network.modules():
         if type(part).__name__ in (network._no_split_modules or ()):
-            fully_shard(part, mp_policy=policy)
-    fully_shard(network, mp_policy=policy)
+            fully_shard(part, **options)
+    fully_shard(network, **options)
 
 
 def renew_sampler(policy: Policy) -> None:
@@ -1290,7 +1290,8 @@ def main(args: Args) -> None:
             if not (loss + grad_norm).isfinite():
                 raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
             optimizer.step()
-        finite = torch.tensor([float(all(p.isfinite().all() for p in trained))], device=device)
+        shares = [p.to_local() if args.fsdp else p for p in trained]
+        finite = torch.tensor([float(all(p.isfinite().all() for p in shares))], device=device)
         if accelerator.gather(finite).min() < 1:
             raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
         renew_sampler(policy)
