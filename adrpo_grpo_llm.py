@@ -398,12 +398,12 @@ def complete(policy: Policy, prompts: list[list[int]], uniforms: Tensor) -> tupl
     return tokens, kept, torch.cat(choose.logp, 1) * kept
 
 
-def rollout(policy: Policy, prompts: list[list[int]], uniforms: Tensor, batch: int) -> list[Tensor]:
-    """G completions for each of B prompts from uniforms [B,G,T] (T: most tokens), about `batch` at
-    a time: tokens, mask (1 up to and with the stop token) and log-probabilities, [B*G,C] each. A
-    prompt is read once for its group."""
+def rollout(policy: Policy, prompts: list[list[int]], uniforms: Tensor, args: Args) -> list[Tensor]:
+    """G completions for each of B prompts from uniforms [B,G,T] (T: most tokens): tokens, mask (1
+    up to and with the stop token) and log-probabilities, [B*G,C] each. A prompt is read once for
+    its group."""
     count, group, _ = uniforms.shape
-    at_once = max(1, batch // group)
+    at_once = max(1, args.rollout_batch // group)
     parts = []
     for start in range(0, count, at_once):
         rows = [*range(start, min(start + at_once, count))]
@@ -488,9 +488,7 @@ def completion_passes(policy: Policy, model: nn.Module, batch: Batch, args: Args
             at = slice(row, min(row + rows_at_once, end))
             width = int(batch.kept[at].sum(1).max())
             tokens = batch.tokens[at, :width]
-            own = (
-                torch.arange(at.start, at.stop, device=ids.device) // group - start
-            )  # [n], prompts
+            own = torch.arange(at.start, at.stop, device=ids.device) // group - start  # [n]
             with torch.autocast(ids.device.type, **mixed):
                 if args.gradient_checkpointing:
                     logits = read_ordinary_rows(model, ids[own], mask[own], tokens)
@@ -531,31 +529,27 @@ def mean_of(values: list) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-class EvalSet(NamedTuple):
-    """What every evaluation of a run shares, drawn once."""
-
-    prompts: list["Prompt"]  # [N]
-    uniforms: Tensor  # [N,G,T]
-    temperature: float
-
-
 @torch.no_grad()
-def evaluate(policy: Policy, judges: "Judges", eval_set: EvalSet, tokenizer, accelerator, args):
-    """Every eval/* figure of the policy on the held-out prompts, and a record a completion, prompt
-    by prompt."""
-    count, group = len(eval_set.prompts), args.eval_samples
+def evaluate(policy: Policy, judges: "Judges", heldout: list, tokenizer, accelerator, args):
+    """Every eval/* figure of the policy on the held-out prompts, always with the same random
+    numbers, and a record a completion, prompt by prompt."""
+    count, group = len(heldout), args.eval_samples
     share = math.ceil(count / accelerator.num_processes)  # the last processes do some once more
     mine = [(accelerator.process_index * share + i) % count for i in range(share)]
-    prompts = [eval_set.prompts[i].ids for i in mine]
-    rows = [eval_set.prompts[i].row for i in mine for _ in range(group)]
-    uniforms = eval_set.uniforms[mine].to(accelerator.device)
-    sampler = policy._replace(temperature=eval_set.temperature)
-    tokens, kept, _ = rollout(sampler, prompts, uniforms, args.rollout_batch)
+    prompts = [heldout[i].ids for i in mine]
+    rows = [heldout[i].row for i in mine for _ in range(group)]
+    rng = seed_everything(args.seed, 0)
+    uniforms = torch.rand(count, group, args.max_completion_length, generator=rng)[mine]
+    sampler = policy
+    if args.eval_temperature is not None:
+        sampler = policy._replace(temperature=args.eval_temperature)
+    tokens, kept, _ = rollout(sampler, prompts, uniforms.to(accelerator.device), args)
     batch = Batch(*pad_left(policy, prompts), tokens, kept)
-    ref_logp = reference_log_probabilities(policy, batch, args)
-    kl, entropy = torch.zeros_like(ref_logp), torch.zeros_like(ref_logp)  # [N,C]
+    ref_logp = reference_log_probabilities(policy, batch, args)  # [N,C]
+    kl, entropy = torch.zeros_like(ref_logp), torch.zeros_like(ref_logp)
     for at, logp, own in completion_passes(policy, policy.model, batch, args):
         kl[at], entropy[at] = kl_k3(logp, ref_logp[at]), own
+    kl, entropy = (kl * kept).sum(1), (entropy * kept).sum(1)  # of all tokens of a completion
     completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     values = score(judges, texts, rows)  # [N,R]
@@ -567,8 +561,7 @@ def evaluate(policy: Policy, judges: "Judges", eval_set: EvalSet, tokenizer, acc
             record[f"reward_{name}"] = value
         record["distinct_2"] = distinct_2(completions[i - i % group : i - i % group + group])
         record |= {"tokens": len(completion), "cut_off": completion[-1] not in policy.stop}
-        record |= {"kl": (kl[i] * kept[i]).sum().item()}  # of all its tokens
-        record |= {"entropy": (entropy[i] * kept[i]).sum().item()}
+        record |= {"kl": kl[i].item(), "entropy": entropy[i].item()}
         records.append(record)
     records = gather_object(records)[: count * group]
     figures = {name: mean_of([record[name] for record in records]) for name in [*records[0]][2:]}
@@ -604,7 +597,8 @@ class RewardModel:
     def __init__(self, source: tuple[str, str | None], batch: int, device, dtype):
         kind, flag = AutoModelForSequenceClassification, "--reward-model"
         self.model = load_verified(kind, flag, source, dtype=dtype).to(device).eval()
-        self.tokenizer, self.batch = AutoTokenizer.from_pretrained(source[0]), batch
+        self.tokenizer = AutoTokenizer.from_pretrained(source[0], revision=source[1])
+        self.batch = batch
         config = self.model.config.get_text_config()
         if config.num_labels != 1:
             remedy = "has to have 1; for another kind write a --reward FILE.py:function"
@@ -612,9 +606,7 @@ class RewardModel:
         if self.tokenizer.pad_token is None:  # not a token that a text may end with
             bos, unk = self.tokenizer.bos_token, self.tokenizer.unk_token
             self.tokenizer.pad_token = bos or unk or self.tokenizer.eos_token
-        config.pad_token_id = (
-            self.tokenizer.pad_token_id
-        )  # the logit of the last other token counts
+        config.pad_token_id = self.tokenizer.pad_token_id  # before which the logit is taken
         self.tokenizer.truncation_side = "left"  # of a text that is too long the completion stays
         limit = getattr(config, "max_position_embeddings", None) or 2048
         self.options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
@@ -701,7 +693,7 @@ def read_source(spec: str, split: str | None) -> tuple[list, str]:
             return list(csv.DictReader(io.StringIO(text, newline=""))), spec
         if path.suffix == ".json" and text.lstrip().startswith("["):
             return json.loads(text), spec
-        lines = [line for line in text.split("\n") if line.strip()]
+        lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         return lines if path.suffix == ".txt" else [json.loads(line) for line in lines], spec
 
     import datasets  # here, because it is slow to import and files do not need it
@@ -771,15 +763,18 @@ def encode_prompts(tokenizer, rows: list[dict], chat: bool, options: str = "{}")
     through the chat template with these options (JSON), ready for the assistant's turn. Raises
     InputError for a tokenizer without one."""
     template = {"add_generation_prompt": True, "tokenize": False} | json.loads(options)
+    templated = [row for row in rows if chat or isinstance(row["prompt"], list)]
+    if templated and not tokenizer.chat_template:
+        remedy = "give an instruct model, or plain text prompts without --chat"
+        raise InputError(f"--model-id: its tokenizer has no chat template; {remedy}")
     prompts = []
-    for row in tqdm(rows, "tokenise", disable=len(rows) < 10_000):
-        text, templated = row["prompt"], chat or isinstance(row["prompt"], list)
-        if templated and not tokenizer.chat_template:
-            remedy = "give an instruct model, or plain text prompts without --chat"
-            raise InputError(f"--model-id: its tokenizer has no chat template; {remedy}")
-        if templated:  # the template writes the special tokens itself
-            text = tokenizer.apply_chat_template(as_messages(text), **template)
-        prompts.append(Prompt(row, tokenizer(text, add_special_tokens=not templated).input_ids))
+    for start in tqdm(range(0, len(rows), 1000), "tokenise", disable=len(rows) < 10_000):
+        texts = [row["prompt"] for row in rows[start : start + 1000]]
+        if templated:  # then no row is plain text: a file has one kind, or --chat makes it one
+            texts = [tokenizer.apply_chat_template(as_messages(text), **template) for text in texts]
+        # The template writes the special tokens itself.
+        ids = tokenizer(texts, add_special_tokens=not templated).input_ids
+        prompts += map(Prompt, rows[start : start + 1000], ids)
     return prompts
 
 
@@ -858,15 +853,10 @@ def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, l
     config.inference_mode = False
     model = get_peft_model(model, config)
     weights = load_peft_weights(folder, device="cpu")
-    expected = get_peft_model_state_dict(model)
-    wrong = {
-        name
-        for name, part in expected.items()
-        if name not in weights or part.shape != weights[name].shape
-    }
-    wrong |= weights.keys() - expected.keys()
-    if wrong:
-        raise InputError(f"{flag} {folder}: does not fit the model, such as {sorted(wrong)[0]}")
+    found = {name: part.shape for name, part in weights.items()}
+    expected = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
+    if wrong := sorted(expected.items() ^ found.items()):
+        raise InputError(f"{flag} {folder}: does not fit the model, such as {wrong[0]}")
     set_peft_model_state_dict(model, weights)
     return model, config.modules_to_save or []
 
@@ -879,9 +869,7 @@ def check_lengths(config, args: Args) -> None:
     if rope.get("rope_type") in ("dynamic", "longrope"):  # which changes keys that are cached
         limit = min(limit, rope.get("original_max_position_embeddings") or limit)
     if limit < needed:
-        what = (
-            f"together {needed}, more than the {limit} that the model can read; lower one of them"
-        )
+        what = f"together {needed}, more than the model's {limit}; lower one of them"
         raise InputError(f"--max-prompt-length, --max-completion-length: {what}")
 
 
@@ -1072,21 +1060,16 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     every process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, state = get_state_dict(model, optimizer, options=options)
-    trained = {
-        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
-    }
-    weights = {name: tensor for name, tensor in weights.items() if name in trained}
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
+    weights = {name: tensor for name, tensor in weights.items() if named[name].requires_grad}
     return {"weights": weights, "optimizer": state}
 
 
 def restore(run_dir: Path | None, checkpoint: dict, model: nn.Module, optimizer) -> None:
     """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    states = {
-        "model_state_dict": checkpoint["weights"],
-        "optim_state_dict": checkpoint["optimizer"],
-    }
-    set_state_dict(model, optimizer, **states, options=options)
+    state = {"optim_state_dict": checkpoint["optimizer"], "options": options}
+    set_state_dict(model, optimizer, model_state_dict=checkpoint["weights"], **state)
     if run_dir is not None:
         path = run_dir / "metrics.jsonl"
         os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
@@ -1121,13 +1104,11 @@ def check_args(args: Args, processes: int) -> None:
         lowest = -math.inf if name == "reward_weights" else 0 if name in may_be_zero else 1e-30
         if not all(math.isfinite(number) and number >= lowest for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} {value}: is out of its range")
-    rewards = len(args.reward_model or ()) + len(args.reward)
+    rewards = len(args.reward_model or ()) + len(args.reward) or 1
     if args.reward_weights is not None and len(args.reward_weights) != rewards:
         raise InputError("--reward-weights: must be as many as --reward-model and --reward name")
     if args.group_size < 2 or args.top_p > 1:
-        raise InputError(
-            "--group-size: at least 2, the others are the baseline; --top-p: at most 1"
-        )
+        raise InputError("--group-size: 2 or more, the others are the baseline; --top-p: up to 1")
     if args.prompts_per_update % processes:
         raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
     if args.fsdp and (args.lora_rank or args.adapter or processes == 1):
@@ -1195,11 +1176,6 @@ def main(args: Args) -> None:
         * (group < 4)
     )
 
-    # What every evaluation shares, and the base model's own figures.
-    rng = seed_everything(args.seed, 0)
-    shape = len(heldout), args.eval_samples, args.max_completion_length
-    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-    eval_set = EvalSet(heldout, torch.rand(shape, generator=rng), temperature)
     first = 0
     if resumed:
         checkpoint = load_checkpoint(run_dir)
@@ -1207,7 +1183,7 @@ def main(args: Args) -> None:
         restore(run_dir if is_main else None, checkpoint, policy.model, optimizer)
         renew_sampler(policy)
     else:
-        base, records = evaluate(policy, judges, eval_set, tokenizer, accelerator, args)
+        base, records = evaluate(policy, judges, heldout, tokenizer, accelerator, args)
         metrics = base
     writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
     if is_main and not resumed:
@@ -1224,8 +1200,7 @@ def main(args: Args) -> None:
         prompts = [train[row].ids for row in drawn]
         rows = [train[row].row for row in drawn for _ in range(group)]
         uniforms = torch.rand(groups, group, args.max_completion_length, generator=rng)[my_groups]
-        uniforms = uniforms.to(device)
-        tokens, kept, sampled_logp = rollout(policy, prompts, uniforms, args.rollout_batch)  # [N,C]
+        tokens, kept, sampled_logp = rollout(policy, prompts, uniforms.to(device), args)  # [N,C]
         completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
         rolled_out = time.perf_counter()
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -1328,7 +1303,7 @@ def main(args: Args) -> None:
         last = iteration == args.iterations
         evaluated = last or iteration % args.eval_every == 0
         if evaluated:
-            metrics, records = evaluate(policy, judges, eval_set, tokenizer, accelerator, args)
+            metrics, records = evaluate(policy, judges, heldout, tokenizer, accelerator, args)
             record |= {f"eval/{name}": value for name, value in metrics.items()}
         if is_main and evaluated:
             save_samples(run_dir, writer, iteration, records)
