@@ -294,7 +294,8 @@ class Policy(NamedTuple):
     pad: int
     temperature: float
     warpers: list[LogitsProcessor]  # top-k and top-p, of the sampler alone
-    static: dict[int, StaticCache] | None  # by rows: caches that a GPU's graphs were recorded with
+    static: dict[tuple, StaticCache] | None  # caches by shape; None: some layers cannot have one
+    full: bool  # prompts and batches padded full, so that `generate` is compiled once (GPU)
     lengths: tuple[int, int]  # most tokens of a prompt, of a completion
 
 
@@ -367,16 +368,17 @@ def read_prompts(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, D
 def complete(policy: Policy, prompts: list[list[int]], uniforms: Tensor) -> tuple:
     """`rollout` for prompts that fit into one batch."""
     model, group = policy.sampler, uniforms.shape[1]
-    # On a GPU prompts are padded to one length, so that `generate` is compiled once.
-    ids, mask = pad_left(policy, prompts, policy.lengths[0] if policy.static is not None else 0)
+    ids, mask = pad_left(policy, prompts, policy.lengths[0] * policy.full)
     cache = None
     if ids.shape[1] > 1:  # `generate` reads the last token; where that is all, it starts anew
         _, cache = read_prompts(model, ids[:, :-1], mask[:, :-1])
         cache.batch_repeat_interleave(group)
-    if cache is not None and policy.static is not None:
-        layers, rows = cache.layers, len(ids) * group
-        empty = StaticCache(model.config, max_cache_len=sum(policy.lengths))
-        cache = policy.static.setdefault(rows, empty)
+    if cache is not None and policy.static is not None:  # does not grow by copies, is compiled
+        layers, shape = cache.layers, (len(ids) * group, ids.shape[1] + uniforms.shape[2])
+        if shape not in policy.static and len(policy.static) == 2:  # rollout's and evaluation's
+            policy.static.clear()
+        new = StaticCache(model.config, max_cache_len=shape[1])
+        cache = policy.static.setdefault(shape, new)
         cache.reset()
         for number, layer in enumerate(layers):
             cache.update(layer.keys, layer.values, number)
@@ -408,7 +410,7 @@ def rollout(policy: Policy, prompts: list[list[int]], uniforms: Tensor, args: Ar
     for start in range(0, count, at_once):
         rows = [*range(start, min(start + at_once, count))]
         wanted = len(rows) * group
-        if policy.static is not None:  # the last batch is as full as the others
+        if policy.full:
             rows += rows[:1] * (at_once - len(rows))
         part = complete(policy, [prompts[row] for row in rows], uniforms[rows])
         parts.append([value[:wanted] for value in part])
@@ -914,10 +916,11 @@ def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Pol
     warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
     warpers += [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    static = {} if device.type == "cuda" and plain and not args.fsdp else None
+    static = {} if plain and not args.fsdp else None
+    full = device.type == "cuda" and static is not None
     lengths = args.max_prompt_length, args.max_completion_length
     tokens = stop, unreadable.to(device), pad, args.temperature, warpers
-    return Policy(model, sampler, reference, *tokens, static, lengths)
+    return Policy(model, sampler, reference, *tokens, static, full, lengths)
 
 
 def shard(network: nn.Module, bf16: bool) -> None:

@@ -4,6 +4,7 @@
     python benchmark/speed_llm.py          # CPU, one thread, 11.3 M parameters, about ten minutes
     python benchmark/speed_llm.py --gpu    # a GPU, Qwen2-0.5B's shapes with random weights, bf16
     python benchmark/speed_llm.py --count  # kernels and host syncs of a decoded token, 24 layers
+    python benchmark/speed_llm.py --gpu --decode  # tokens a second of 64 completions
 
 Both programs run in this process and take turns, step by step: the script's own `main` in one
 thread, `trainer.train()` in another, one waiting while the other works. Same model, prompts, group,
@@ -19,6 +20,7 @@ two; a ratio is only meaningful within one run.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -40,6 +42,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -62,6 +65,8 @@ class Args:
     """Qwen2-0.5B's shapes in bf16 on a GPU, instead of a small Qwen3 in float32 on the CPU"""
     count: bool = False
     """only count what a decoding step launches"""
+    decode: bool = False
+    """only the tokens a second of a rollout, against `generate` and its continuous batching"""
     lengths: tuple[str, ...] = ("850,100", "256,256", "64,64", "256,256,64")
     """tokens of prompt and completion, and the mean length where completions end by themselves"""
     steps: int = 7
@@ -252,7 +257,7 @@ def count_launches(mode: str) -> dict:
         lora = script.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         model = script.get_peft_model(model, lora).eval()
     unreadable = torch.zeros(300, dtype=torch.bool)
-    policy = script.Policy(model, model, None, [299], unreadable, 0, 1.0, [], None, (16, 32))
+    policy = script.Policy(model, model, None, [299], unreadable, 0, 1.0, [], None, False, (16, 32))
     ids = torch.randint(1, 299, (2, 16))
     found = {}
     for static in (False, True):
@@ -276,6 +281,49 @@ def count_launches(mode: str) -> dict:
     return found
 
 
+@torch.no_grad()
+def decode_speed(args: Args, folder: Path) -> dict[str, float]:
+    """Tokens a second of 64 completions of 256 tokens (CPU: 32), 8 of each prompt of 256, once the
+    first call has compiled what it compiles: the script's rollout with a growing and with a static
+    cache, `generate` on repeated prompts as TRL calls it, and continuous batching."""
+    make_model(folder, args.gpu)
+    device = torch.device("cuda" if args.gpu else "cpu")
+    dtype = torch.bfloat16 if args.gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    vocabulary, longest = model.config.vocab_size, 256 if args.gpu else 32
+    unreadable = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    lengths = 256, longest
+    policy = script.Policy(model, model, None, [], unreadable, 0, 1.0, [], None, False, lengths)
+    prompts = torch.randint(2, WORDS, (8, 256))
+    uniforms = torch.rand(8, GROUP, longest, device=device)
+    repeated = prompts.repeat_interleave(GROUP, 0).to(device)
+    options = {"max_new_tokens": longest, "do_sample": True, "pad_token_id": 0, "top_k": 0}
+    stock = GenerationConfig(**options, eos_token_id=None)
+    flags = script.Args(rollout_batch=64)
+    calls = {
+        name: functools.partial(script.rollout, each, prompts.tolist(), uniforms, flags)
+        for name, each in (("dynamic", policy), ("static", policy._replace(static={}, full=True)))
+    }
+    calls["generate"] = functools.partial(
+        model.generate, repeated, attention_mask=torch.ones_like(repeated), generation_config=stock
+    )
+    if args.gpu:
+        calls["continuous batching"] = functools.partial(
+            model.generate_batch, inputs=repeated.tolist(), generation_config=stock
+        )
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            start = now()
+            call()
+            found[name] = 64 * longest / (now() - start)
+        except Exception as error:  # one that does not run says so, the others still count
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+        print(name, found[name], flush=True)
+    return found
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     where = torch.cuda.get_device_name() if args.gpu else f"CPU, {args.threads} thread"
@@ -286,6 +334,9 @@ def main(args: Args) -> None:
         for mode, counts in record["counts"].items():
             for name, (kernels, waits) in counts.items():
                 print(f"{mode}: {name}: {kernels:.0f} kernels, {waits:.1f} host syncs a token")
+    elif args.decode:
+        with tempfile.TemporaryDirectory() as folder:
+            record["tokens a second"] = decode_speed(args, Path(folder))
     else:
         record["steps"], record["cases"] = args.steps - WARM_UP, []
         with tempfile.TemporaryDirectory() as folder:
