@@ -124,9 +124,9 @@ def trained(request, tmp_path_factory):
     page["ADRPOTrainer"].adv_clip_k = request.param
     reset_accelerate()
     directory = str(folder / "run")
+    assert '"runs/trl"' in BLOCKS["trl-use"]
     use = BLOCKS["trl-use"].replace('"runs/trl"', repr(directory))
-    assert directory in use
-    space = {
+    space = page | {
         "ADRPOTrainer": build,
         "model": load(folder / "lm"),
         "reward": reward,
