@@ -57,6 +57,7 @@ SMALL = {"vocab_size": WORDS + 1, "hidden_size": 384, "intermediate_size": 1024,
 SMALL |= {"num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 3}
 QWEN2_05B = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 QWEN2_05B |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+QWEN2_05B |= {"head_dim": 64}
 
 
 @dataclasses.dataclass
@@ -84,9 +85,9 @@ def make_model(folder: Path, gpu: bool, mean_length: int | None = None) -> None:
     the same small probability everywhere, or lies behind the vocabulary: it cannot be produced."""
     torch.manual_seed(0)
     sizes = dict(QWEN2_05B) if gpu else dict(SMALL)
-    kind = Qwen2Config if gpu else Qwen3Config
     end = 1 if mean_length else sizes["vocab_size"]
-    config = kind(**sizes, **COMMON, eos_token_id=end, tie_word_embeddings=not mean_length)
+    # (A folder of type qwen2 would be read with a byte-level tokenizer, whatever is in it.)
+    config = Qwen3Config(**sizes, **COMMON, eos_token_id=end, tie_word_embeddings=not mean_length)
     model = AutoModelForCausalLM.from_config(config)
     if mean_length:  # channel 0 is the same for all tokens, and read by the end token's row alone
         with torch.no_grad():
