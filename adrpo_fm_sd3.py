@@ -5,11 +5,10 @@ sample has its own divergence weight, `beta0 - A`, where A is its advantage over
 of its prompt. Beside it, measured alike: ORW-CFM-W2 (arXiv 2502.06061), RAFT (arXiv 2304.06767)
 and Diffusion-DPO for flow matching (arXiv 2311.12908).
 
-The stock pipeline of diffusers samples and decodes. The method needs its samples and velocities,
-nothing else: the script watches which question the pipeline asks its transformer, proves at the
-start of a run that it is flow matching, and asks the same question at the training points. So
-Stable Diffusion 3 is the default, and other flow-matching pipelines are tuned by the same lines.
-The policy is a LoRA; with the LoRA switched off the same network is the reference.
+The stock pipeline of diffusers samples and decodes. The script watches which question it asks its
+transformer, proves at the start of a run that it is flow matching, and asks the same question at
+the training points: Stable Diffusion 3 is the default, others are tuned by the same lines. The
+policy is a LoRA; with the LoRA switched off the same network is the reference.
 
     x_t = (1 - s) x1 + s noise     x1 a sample of the policy; diffusers counts s from image to noise
     u   = noise - x1               the velocity of that path, and what the transformer predicts
@@ -159,8 +158,7 @@ class Args:
     num_steps: int = 10
     """steps of a rollout (flow_grpo)"""
     guidance_scale: float = 4.5
-    """classifier-free, of rollouts and evaluation (flow_grpo); 1 = none, at half the cost. A
-    transformer that is told its guidance is told this one in training too"""
+    """of rollouts and evaluation (flow_grpo); 1 = none, at half the cost. FLUX.1-dev is told it"""
     rollout_batch: int = 16
     """images sampled and scored at once, per process; changes memory and speed, not the result"""
 
@@ -488,12 +486,12 @@ def sample(flow: Flow, prompts: list[str], noise: Tensor, num_steps: int) -> tup
 
 
 @torch.no_grad()
-def rollout(flow: Flow, functions: dict, prompts: list, rows: list, noise, num_steps, batch):
+def sample_and_score(flow: Flow, functions: dict, prompts: list, rows: list, noise, steps, batch):
     """`latents` of prompts [B] with metadata `rows`, from noise [B,...], and by name what
     `functions` give for their images; and the seconds of these functions."""
     found, seconds = defaultdict(list), 0.0
     for part in batches(flow, prompts, batch):
-        latents, images = sample(flow, prompts[part], noise[part], num_steps)
+        latents, images = sample(flow, prompts[part], noise[part], steps)
         found["latents"].append(latents)
         started = time.perf_counter()  # each part ends with a value read from the device
         for name, function in functions.items():
@@ -502,15 +500,31 @@ def rollout(flow: Flow, functions: dict, prompts: list, rows: list, noise, num_s
     return {name: torch.cat(parts) for name, parts in found.items()}, seconds
 
 
-def describe_spread(base_mean: float, base_std: float, args: Args) -> str:
-    """The base model's rewards within a prompt, and what beta0 asks for. Raises InputError where
-    they cannot be a unit."""
-    if args.adv_norm == "base" and base_std <= 1e-6 * abs(base_mean):
+@torch.no_grad()
+def rollout(flow: Flow, judges, prompts: list, rows: dict, mine: slice, rng, accelerator, args):
+    """A group of samples of each of an iteration's prompts [P], whose metadata is in `rows`: this
+    process's x1 [B,...], of the groups `mine`, all rewards [P,G,R] and their seconds. Every process
+    draws all of the noise: the result does not depend on the number of processes."""
+    noise = torch.randn(len(prompts), args.group_size, *flow.shape, generator=rng)[mine]
+    prompts = [prompt for prompt in prompts[mine] for _ in range(args.group_size)]
+    functions = {name: judges.functions[name] for name in judges.weights}
+    options = noise.flatten(0, 1), args.num_steps, args.rollout_batch
+    own_rows = [rows[prompt] for prompt in prompts]
+    found, seconds = sample_and_score(flow, functions, prompts, own_rows, *options)
+    values = accelerator.gather(torch.stack([found[name] for name in functions], dim=1))
+    return found["latents"], values.unflatten(0, (-1, args.group_size)), seconds
+
+
+def measure_spread(reward: Tensor, args: Args) -> tuple[float, str]:
+    """Spread of the base model's rewards [P,G] within a prompt, and what beta0 asks for. Raises
+    InputError where it cannot be a unit."""
+    mean, std = reward.mean().item(), reward.var(dim=1).mean().sqrt().item()
+    if args.adv_norm == "base" and std <= 1e-6 * abs(mean):
         raise InputError("--reward: the base model's are all equal; --adv-norm none goes on")
     # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
-    gain = (base_std**2 if args.adv_norm == "none" else base_std) / args.beta0
-    spread = f"base reward {base_mean:.3f} +- {base_std:.3f} within a prompt"
-    return f"{spread}; beta0 {args.beta0:g} asks for {gain:+.3f}"
+    gain = (std**2 if args.adv_norm == "none" else std) / args.beta0
+    spread = f"base reward {mean:.3f} +- {std:.3f} within a prompt"
+    return std, f"{spread}; beta0 {args.beta0:g} asks for {gain:+.3f}"
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -550,8 +564,8 @@ def evaluate(flow: Flow, judges: "Judges", eval_set: EvalSet, accelerator, args:
     noise, x_t, s = (part[mine] for part in (eval_set.noise, eval_set.x_t, eval_set.s))
     functions = judges.functions | {"features": lambda images, *_: judges.clip.image(images)}
     functions["images"] = lambda images, *_: (images * 255).round().byte()
-    options = noise, args.eval_steps, args.rollout_batch
-    found, _ = rollout(flow, functions, prompts, rows, *options)
+    options = rows, noise, args.eval_steps, args.rollout_batch
+    found, _ = sample_and_score(flow, functions, prompts, *options)
     w2 = []  # ORW-CFM-W2's bound: the velocities' distance at fixed points and times
     for part in batches(flow, prompts, args.rollout_batch):
         question = ask(flow, prompts[part])
@@ -1111,7 +1125,6 @@ def main(args: Args) -> None:
     groups, group = args.prompts_per_update, args.group_size
     # Whole groups stay in one process.
     my_groups = slice(rank * groups // processes, (rank + 1) * groups // processes)
-    mine = slice(my_groups.start * group, my_groups.stop * group)
     accelerator.print(
         f"{run_dir}: {args.method}, {processes} x {device.type}, {dtype}, "
         f"{sum(parameter.numel() for parameter in lora):,} trained parameters\n"
@@ -1133,26 +1146,19 @@ def main(args: Args) -> None:
         base = torch.load(run_dir / "base.pt", weights_only=True)
     else:
         metrics, images, latents = evaluate(flow, judges, eval_set, accelerator, args)
-        base = {"metrics": metrics, "latents": latents, "reward_mean": 0.0, "reward_std": None}
+        base = {"metrics": metrics, "latents": latents, "reward_std": None, "spread": ""}
     s = (torch.randperm(len(prompts), generator=rng) + 0.5) / len(prompts)
     x_t, _ = flow_matching_point(base["latents"], torch.randn(noise.shape, generator=rng), s)
     eval_set = eval_set._replace(x_t=x_t, s=s, base=base["metrics"])
 
-    trained = {name: judges.functions[name] for name in judges.weights}
     weights = torch.tensor(list(judges.weights.values()), device=device)  # [R]
-    if args.method == "adrpo" and args.adv_norm in ("base", "none"):
-        if not resumed:  # one rollout of the base model: the unit of adrpo's advantage
-            rng = seed_everything(args.seed, 0, 1)
-            prompts = [prompt for prompt in schedule[0] for _ in range(group)][mine]
-            rows = [train[prompt] for prompt in prompts]
-            noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
-            options = (args.num_steps, args.rollout_batch)
-            found, _ = rollout(flow, trained, prompts, rows, noise, *options)
-            values = torch.stack([found[name] for name in trained], dim=1)
-            reward = (accelerator.gather(values) * weights).sum(1).view(groups, group)
-            base["reward_mean"] = reward.mean().item()
-            base["reward_std"] = reward.var(dim=1).mean().sqrt().item()
-        accelerator.print(describe_spread(base["reward_mean"], base["reward_std"], args))
+    if not resumed and args.method == "adrpo" and args.adv_norm in ("base", "none"):
+        # One rollout of the base model: the unit of adrpo's advantage.
+        rng = seed_everything(args.seed, 0, 1)
+        options = (my_groups, rng, accelerator, args)
+        _, values, _ = rollout(flow, judges, schedule[0], train, *options)
+        base["reward_std"], base["spread"] = measure_spread((values * weights).sum(2), args)
+    accelerator.print(base["spread"])
 
     first, metrics = 0, base["metrics"]
     if resumed:
@@ -1170,23 +1176,18 @@ def main(args: Args) -> None:
     regularised = args.method in ("adrpo", "dpo") or (args.method == "orw" and args.alpha > 0)
     bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
-        # ---- 1. rollout: x1 from the policy (eq. 6), and its reward. Every process draws all of
-        # the noise and takes its own groups of it: the result does not depend on their number.
+        # ---- 1. rollout: x1 from the policy (eq. 6), and its reward
         started = time.perf_counter()
         rng = seed_everything(args.seed, iteration)
-        prompts = [prompt for prompt in schedule[iteration - 1] for _ in range(group)][mine]
-        rows = [train[prompt] for prompt in prompts]
-        noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
+        prompts = schedule[iteration - 1]
         if offline:  # pairs of the base model
             transformer.disable_adapters()
-        options = (args.num_steps, args.rollout_batch)
-        found, seconds_reward = rollout(flow, trained, prompts, rows, noise, *options)
+        options = (my_groups, rng, accelerator, args)
+        x1, values, seconds_reward = rollout(flow, judges, prompts, train, *options)
         if offline:
             transformer.enable_adapters()
-        x1, record = found["latents"], {}
-        values = torch.stack([found[name] for name in trained], dim=1)
-        values = accelerator.gather(values).unflatten(0, (groups, group))  # [P,G,R], of all
-        for i, name in enumerate(trained):
+        record = {}
+        for i, name in enumerate(judges.weights):
             record[f"reward/{name}"] = values[..., i].mean().item()
         reward = (values * weights).sum(2)  # [P,G]
         record |= {"reward/mean": reward.mean().item(), "reward/std": reward.std().item()}
@@ -1205,7 +1206,7 @@ def main(args: Args) -> None:
         chosen = training_samples(args.method, reward[my_groups])[:, None]  # [P,1,G] of x1
         points = chosen.expand(-1, args.timesteps_per_sample, -1).flatten()  # [n]
         my_points = slice(rank * len(points), (rank + 1) * len(points))
-        point_prompts = [prompts[i] for i in points.tolist()]
+        point_prompts = [prompts[my_groups][i // group] for i in points.tolist()]
         draws = 1 if args.share_noise else group // 2 if args.method == "dpo" else group
 
         # ---- 3. updates on this rollout, each with fresh noise and times, in parts whose
@@ -1220,10 +1221,10 @@ def main(args: Args) -> None:
                 picks = points[part]
                 x_t, u = flow_matching_point(x1[picks], noise[part].to(device), s[part])
                 question = ask(flow, point_prompts[part])
-                v = velocity(flow, question, x_t, s[part])
-                v_ref = v.detach()  # without a divergence term no reference pass
+                v_ref = u  # without a divergence term no reference pass
                 if regularised:
                     v_ref = reference_velocity(flow, question, x_t, s[part])
+                v = velocity(flow, question, x_t, s[part])
                 if args.method == "adrpo":
                     losses = adrpo_fm_loss(v, v_ref, u, weight[picks], args.beta0)  # [b]
                 elif args.method == "orw":
