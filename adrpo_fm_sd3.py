@@ -328,11 +328,10 @@ def flow_matching_point(x1: Tensor, noise: Tensor, s: Tensor) -> tuple[Tensor, T
 
 
 class PromptMemory:
-    """Stands for a pipeline's encode_prompt: encodes a text once, by itself, and then answers from
-    memory, on the CPU, for any number of images, so that the text encoders can be freed."""
+    """Stands for a pipeline's encode_prompt: encodes each text once and remembers it (CPU)."""
 
     def __init__(self, pipe: DiffusionPipeline, guided: bool):
-        self.pipe, self.guided, self.encode = pipe, guided, pipe.encode_prompt
+        self.pipe, self.encode, self.guided = pipe, pipe.encode_prompt, guided
         self.signature = inspect.signature(pipe.encode_prompt)
         self.known = {}  # text and arguments -> what encode_prompt returned
         self.shapes = {}  # text -> the shapes of that
@@ -352,23 +351,18 @@ class PromptMemory:
                 tensors = all(part is None or isinstance(part, Tensor) for part in results)
                 need(self.pipe, tensors, "it encodes prompts as lists")
                 results = [part if part is None else part.cpu() for part in results]
-                self.shapes[text] = [part.shape for part in results if part is not None]
                 # What all prompts share, such as the empty prompt's embedding, is kept once.
-                for i, other in enumerate(next(iter(self.known.values()), [])):
-                    if (
-                        results[i] is not None
-                        and other is not None
-                        and torch.equal(results[i], other)
-                    ):
-                        results[i] = other
+                for i, old in enumerate(next(iter(self.known.values()), [])):
+                    if old is not None and results[i] is not None and torch.equal(old, results[i]):
+                        results[i] = old
                 self.known[key] = results
+                self.shapes[text] = [part.shape for part in results if part is not None]
             answers.append(self.known[key])
-        parts = []
-        for part in zip(*answers, strict=True):
-            rows = part[0] is not None and len(part[0]) == 1  # a row a text, or shared by all
-            joined = torch.cat(part) if rows else part[0]
-            parts.append(joined if joined is None else joined.to(device))
-        return tuple(parts)
+        joined = []
+        for parts in zip(*answers, strict=True):  # a row a prompt, or one tensor for all
+            part = parts[0] if parts[0] is None or len(parts[0]) > 1 else torch.cat(parts)
+            joined.append(part if part is None else part.to(device))
+        return tuple(joined)
 
 
 class Flow(NamedTuple):
@@ -388,8 +382,8 @@ class Flow(NamedTuple):
 
 
 def call(flow: Flow, prompts: list[str], guided: bool, num_steps: int, **more):
-    """The pipeline's own call for these prompts, with classifier-free guidance or without. A scale
-    that the transformer is told is no such guidance, and always given."""
+    """The pipeline's own call for these prompts, with classifier-free guidance or without."""
+    # A scale that the transformer is told is no such guidance: it is always given.
     told = getattr(flow.pipe.transformer.config, "guidance_embeds", False)
     scale = flow.guidance_scale if guided or told else 1.0
     options = flow.options | {"num_inference_steps": num_steps, "guidance_scale": scale}
@@ -405,8 +399,8 @@ class AtTheDoor(Exception):
 
 @contextlib.contextmanager
 def watch(pipe: DiffusionPipeline, leave: bool = False) -> Iterator[tuple[list, list]]:
-    """A call of the pipeline seen from inside: the questions to its transformer, as keyword
-    arguments, and the steps of its scheduler, as (v, sigma, x). leave: ends it at the first."""
+    """What a call asks the transformer, as keyword arguments, and the steps of its scheduler, as
+    (v, sigma, x). leave: the call ends at the transformer's door."""
     transformer, scheduler, step = pipe.transformer, pipe.scheduler, pipe.scheduler.step
     forward, asked, stepped = inspect.signature(transformer.forward), [], []
 
@@ -422,25 +416,24 @@ def watch(pipe: DiffusionPipeline, leave: bool = False) -> Iterator[tuple[list, 
 
     hook = transformer.register_forward_pre_hook(see_question, with_kwargs=True)
     scheduler.step = see_step
-    with contextlib.suppress(AtTheDoor):
-        try:
-            yield asked, stepped
-        finally:
-            hook.remove()
-            del scheduler.step
+    try:
+        yield asked, stepped
+    except AtTheDoor:
+        pass
+    finally:
+        hook.remove()
+        del scheduler.step
 
 
 def ask(flow: Flow, prompts: list[str]) -> dict:
-    """The question that the pipeline asks its transformer about these prompts, without guidance:
-    forward's keyword arguments, a row a prompt where they have rows."""
+    """What the pipeline asks its transformer about these prompts, without guidance: arguments."""
     with watch(flow.pipe, leave=True) as (asked, _):
         call(flow, prompts, guided=False, num_steps=1, output_type="latent")
     return asked[0]
 
 
 def velocity(flow: Flow, question: dict, x: Tensor, s: Tensor) -> Tensor:
-    """Velocity from image to noise, float32 [B,...], at points x [B,...] and times s [B] in [0,1]:
-    the pipeline's question at another point."""
+    """Velocity from image to noise, float32 [B,...], at points x [B,...] and times s [B]."""
     asked_time = (flow.offset + flow.slope * s).to(flow.time_dtype)
     point = {"hidden_states": x.to(flow.dtype), "timestep": asked_time, "return_dict": False}
     return flow.sign * flow.pipe.transformer(**question | point)[0].float()
@@ -502,9 +495,9 @@ def sample_and_score(flow: Flow, functions: dict, prompts: list, rows: list, noi
 
 @torch.no_grad()
 def rollout(flow: Flow, judges, prompts: list, rows: dict, mine: slice, rng, accelerator, args):
-    """A group of samples of each of an iteration's prompts [P], whose metadata is in `rows`: this
-    process's x1 [B,...], of the groups `mine`, all rewards [P,G,R] and their seconds. Every process
-    draws all of the noise: the result does not depend on the number of processes."""
+    """A group of samples of each of these prompts [P], metadata in `rows`: x1 [B,...] of the groups
+    `mine`, this process's, the rewards [P,G,R] of all, and their seconds."""
+    # Every process draws all of the noise: the result does not depend on their number.
     noise = torch.randn(len(prompts), args.group_size, *flow.shape, generator=rng)[mine]
     prompts = [prompt for prompt in prompts[mine] for _ in range(args.group_size)]
     functions = {name: judges.functions[name] for name in judges.weights}
@@ -516,8 +509,7 @@ def rollout(flow: Flow, judges, prompts: list, rows: dict, mine: slice, rng, acc
 
 
 def measure_spread(reward: Tensor, args: Args) -> tuple[float, str]:
-    """Spread of the base model's rewards [P,G] within a prompt, and what beta0 asks for. Raises
-    InputError where it cannot be a unit."""
+    """Spread of the base model's rewards [P,G] within a prompt, what beta0 asks for; InputError."""
     mean, std = reward.mean().item(), reward.var(dim=1).mean().sqrt().item()
     if args.adv_norm == "base" and std <= 1e-6 * abs(mean):
         raise InputError("--reward: the base model's are all equal; --adv-norm none goes on")
@@ -586,8 +578,7 @@ def evaluate(flow: Flow, judges: "Judges", eval_set: EvalSet, accelerator, args:
 
 
 def save_samples(run_dir: Path, writer: SummaryWriter, step: int, images: Tensor, args) -> None:
-    """The first 16 prompts of images uint8 [N,3,H,W] on one sheet, a row each, of up to 8 images;
-    at the end every image as PPPP_II.png (prompt, image)."""
+    """16 prompts, a row each, of images uint8 [N,3,H,W] on a sheet; at the end every image."""
     rows = images.unflatten(0, (-1, args.eval_images))[:16, :8]
     sheet = make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], padding=2)
     save_image(sheet, run_dir / f"samples/{step:06d}.png")
@@ -651,8 +642,7 @@ def load_plugin(spec: str) -> Callable:
 
 @torch.no_grad()
 def score(name: str, function: Callable, images: Tensor, prompts: list, rows: list) -> Tensor:
-    """One reward of images [B,3,H,W] -> float32 [B] on their device. Raises InputError when it
-    returns another number of values, or one that is not finite."""
+    """One reward of images [B,3,H,W] -> float32 [B]. Raises InputError when it gives others."""
     values = function(images, prompts, rows)
     rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
     if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
@@ -671,8 +661,7 @@ class Judges(NamedTuple):
 
 
 def load_judges(args: Args, train: dict[str, dict], device: torch.device) -> Judges:
-    """Rewards and metrics, tried on two grey images: a wrong plug-in is found at once. Raises
-    InputError where two have one tag."""
+    """Rewards and metrics, tried on two grey images. Raises InputError where two have one tag."""
     plugins = {}
     for spec in (*args.reward, *[spec for spec in args.eval_metrics if spec not in args.reward]):
         name = spec.rpartition(":")[2]
@@ -719,8 +708,8 @@ def read_rows(spec: str, split: str | None) -> tuple[list, str]:
 
 
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
-    """Unique prompts in their order, each one's other columns, which rows are not used, and the
-    source with its commit. Raises InputError where there is no prompt."""
+    """Unique prompts in their order, each one's other columns, a note on rows that are not used,
+    the source with its commit. Raises InputError where there is no prompt."""
     try:
         rows, source = read_rows(spec, split)
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
@@ -776,8 +765,7 @@ def need(pipe: DiffusionPipeline, holds: bool, why: str) -> None:
 
 
 def find_model(spec: str) -> tuple[str, str | None]:
-    """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
-    found before gigabytes are fetched. A folder has no commit. Raises InputError."""
+    """Name and commit of NAME[@REVISION] of the hub, by its smallest file; or InputError."""
     name, _, revision = spec.partition("@")
     if (Path(spec) / "model_index.json").is_file():
         return spec, None
@@ -814,21 +802,15 @@ def load_pipeline(
         parts[part] = network.requires_grad_(False).eval()
     options = {"revision": revision, "dtype": dtype, "trust_remote_code": False}
     pipe = DiffusionPipeline.from_pretrained(name, **options, **parts)
-    networks = networks_of(pipe)
+    networks = {part for part, value in pipe.components.items() if isinstance(value, nn.Module)}
     what = f"needs transformer and vae, of diffusers and transformers only: {networks}"
     need(pipe, {"transformer", "vae"} <= networks <= parts.keys(), what)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def networks_of(pipe: DiffusionPipeline) -> set[str]:
-    """The names of a pipeline's networks."""
-    return {part for part, value in pipe.components.items() if isinstance(value, nn.Module)}
-
-
 def open_flow(pipe: DiffusionPipeline, args: Args, prompts: list[str], device) -> Flow:
-    """The pipeline on the device, with every prompt encoded and the text encoders freed. Raises
-    InputError where it cannot be called as this script does."""
+    """The pipeline on the device, every prompt encoded, the text encoders freed; or InputError."""
     names = inspect.signature(pipe.__call__).parameters
     options = {"height": args.resolution, "width": args.resolution}
     if args.max_sequence_length is not None:
@@ -838,13 +820,14 @@ def open_flow(pipe: DiffusionPipeline, args: Args, prompts: list[str], device) -
     unknown = {*options, "latents", "callback_on_step_end", "guidance_scale"} - names.keys()
     need(pipe, not unknown, f"it does not take {unknown}")
     flow = Flow(pipe, PromptMemory(pipe, args.guidance_scale > 1), options, args.guidance_scale)
-    encoders = networks_of(pipe) - {"transformer", "vae"}
+    parts = {part: value for part, value in pipe.components.items() if isinstance(value, nn.Module)}
+    encoders = parts.keys() - {"transformer", "vae"}
     for part in encoders:
-        getattr(pipe, part).to(device)
+        parts[part].to(device)
     for prompt in tqdm(prompts, "encode prompts", leave=False, disable=len(prompts) < 64):
         ask(flow, [prompt])
-    for part in encoders:
-        setattr(pipe, part, None)
+    pipe.register_modules(**dict.fromkeys(encoders))
+    del parts
     gc.collect()
     torch.cuda.empty_cache()
     pipe.transformer.to(device)
@@ -856,15 +839,14 @@ def open_flow(pipe: DiffusionPipeline, args: Args, prompts: list[str], device) -
 
 @torch.no_grad()
 def prove(flow: Flow, prompt: str) -> tuple[Flow, float]:
-    """How the pipeline asks its transformer, found and proven on a call of four steps: sigma falls
-    from at most 1 to exactly 0, a plain Euler step, one question a step, time one of s, 1000 s,
-    1 - s, 1000 (1 - s), and at each step the pipeline's own velocity for our question. Returns the
-    flow and the largest error, in units of the noise. Raises InputError: no flow matching."""
+    """How the pipeline asks its transformer, proven at each step of a call of four: its velocity is
+    that of our question, sigma falls to 0, time is linear in it, the first step is Euler's. Returns
+    the flow and the largest error, in units of the noise. Raises InputError: no flow matching."""
     pipe, scheduler, prompts = flow.pipe, flow.pipe.scheduler, [prompt, prompt]
     question = ask(flow, prompts)
-    usual = {"hidden_states", "timestep"} <= question.keys() and hasattr(scheduler, "sigmas")
-    what = f"its transformer is asked for {sorted(question)}, or its scheduler has no sigmas"
-    need(pipe, usual, what)
+    usual = {"hidden_states", "timestep"} <= question.keys()
+    need(pipe, usual, f"its transformer is asked for {sorted(question)}")
+    need(pipe, hasattr(scheduler, "sigmas"), "its scheduler has no sigmas")
     with watch(pipe) as (asked, stepped):
         call(flow, prompts, guided=False, num_steps=4, output_type="latent")
     once = len(asked) == len(stepped) == 4
@@ -872,7 +854,6 @@ def prove(flow: Flow, prompt: str) -> tuple[Flow, float]:
     sigmas = [sigma for _, sigma, _ in stepped] + [float(scheduler.sigmas[-1])]
     falls = sigmas[0] <= 1.001 and sigmas[-1] == 0 and sigmas == sorted({*sigmas}, reverse=True)
     need(pipe, falls, f"its sigmas {sigmas} do not fall from 1 to 0: no flow matching")
-
     times = [float(each["timestep"].flatten()[0]) for each in asked]
     gaps = {}
     for offset, slope in ((0, 1), (0, 1000), (1, -1), (1000, -1000)):
@@ -881,12 +862,11 @@ def prove(flow: Flow, prompt: str) -> tuple[Flow, float]:
     offset, slope = min(gaps, key=gaps.get)
     linear = gaps[offset, slope] <= 5e-3
     need(pipe, linear, f"its time {times} is no linear function of sigma {sigmas}")
-
     # The sign, by a transformer that answers with ones: an untrained one's own answer may be 0.
-    answer_ones = pipe.transformer.register_forward_hook(lambda *_: (torch.ones_like(_[2][0]),))
+    hook = pipe.transformer.register_forward_hook(lambda *given: (torch.ones_like(given[2][0]),))
     with watch(pipe) as (_, constant):
         call(flow, prompts, guided=False, num_steps=1, output_type="latent")
-    answer_ones.remove()
+    hook.remove()
     sign = constant[0][0].mean().item()
     x, time_dtype = question["hidden_states"], question["timestep"].dtype
     found = {"shape": tuple(x.shape[1:]), "sign": sign, "offset": offset, "slope": slope}
@@ -939,8 +919,7 @@ def create_run(args: Args, sources: dict[str, str]) -> Path:
 
 
 def find_run(args: Args) -> tuple[Args, Path, dict[str, str]]:
-    """Flags, folder and sources of the run that --resume names, its models and prompts at their
-    commits. Raises InputError where there is none, or where other flags than its own are given."""
+    """Flags (pinned to commits), folder and sources of the run that --resume names; InputError."""
     folder = Path(args.resume)
     if args.resume == "latest":
         files = Path(args.output_dir).glob("*/args.json")
@@ -961,17 +940,15 @@ def find_run(args: Args) -> tuple[Args, Path, dict[str, str]]:
 
 
 def lock_run(run_dir: Path) -> TextIO:
-    """A lock that lives as long as the returned file. Raises InputError where another process has
-    it: two would write one run."""
+    """A lock that lives as long as the returned file; InputError where another process has it."""
     file = (run_dir / "args.json").open()
-    try:
-        import fcntl  # not on Windows, where nothing is locked
+    with contextlib.suppress(ImportError):  # on Windows nothing is locked
+        import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError as error:
-        raise InputError(f"--resume: another process is writing {run_dir}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--resume: another process is writing {run_dir}") from error
     return file
 
 
@@ -999,14 +976,6 @@ def write_safely(path: Path, state: dict) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def save_checkpoint(run_dir: Path, iteration: int, metrics: dict, lora: list, optimizer) -> None:
-    """The trained weights, the optimiser and the position, with the length of metrics.jsonl."""
-    state = {"iteration": iteration, "metrics": metrics, "optimizer": optimizer.state_dict()}
-    state |= {"lora": [parameter.detach() for parameter in lora]}
-    state |= {"metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size}
-    write_safely(run_dir / "checkpoint.pt", state)
-
-
 def load_checkpoint(run_dir: Path) -> dict:
     """The state in the newest checkpoint. Raises InputError for a damaged file."""
     path = run_dir / "checkpoint.pt"
@@ -1019,16 +988,6 @@ def load_checkpoint(run_dir: Path) -> dict:
     except Exception as error:
         remedy = "delete it to go on from checkpoint-previous.pt"
         raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
-
-
-def restore(run_dir: Path | None, checkpoint: dict, lora: list, optimizer) -> None:
-    """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
-    for parameter, value in zip(lora, checkpoint["lora"], strict=True):
-        parameter.data.copy_(value)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if run_dir is not None:
-        path = run_dir / "metrics.jsonl"
-        os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
 
 
 def save_lora(folder: Path, pipe: DiffusionPipeline) -> None:
@@ -1055,14 +1014,13 @@ def finish(run_dir: Path, summary: dict, model: tuple[str, str | None, torch.dty
 # -------------------------------------------------------------------------------------------- main
 def check_args(args: Args, processes: int) -> None:
     """Raise InputError for flags that cannot work."""
+    lowest = {"seed": 0, "alpha": 0, "weight_decay": 0, "reward_weights": -1e30}
     for flag, given in vars(args).items():
         values = given if isinstance(given, tuple) else (given,)
         numbers = [value for value in values if type(value) in (int, float)]
-        lowest = 0 if flag in ("seed", "alpha", "weight_decay") else 1e-30
-        lowest = -1e30 if flag == "reward_weights" else lowest
-        if not all(lowest <= number < math.inf for number in numbers):
+        if not all(lowest.get(flag, 1e-30) <= number < math.inf for number in numbers):
             flag = f"--{flag.replace('_', '-')} {' '.join(map(str, values))}"
-            raise InputError(f"{flag}: must be {'finite' if lowest < 0 else 'positive'}")
+            raise InputError(f"{flag}: must be a finite number, and positive (a weight: any)")
     if min(args.group_size, args.eval_images) < 2:
         raise InputError("--group-size, --eval-images: at least 2, the others are the baseline")
     if args.method == "dpo" and (args.group_size % 2 or args.train_batch % 2):
@@ -1164,7 +1122,11 @@ def main(args: Args) -> None:
     if resumed:
         checkpoint = load_checkpoint(run_dir)
         first, metrics = checkpoint["iteration"], checkpoint["metrics"]
-        restore(run_dir if is_main else None, checkpoint, lora, optimizer)
+        for parameter, value in zip(lora, checkpoint["lora"], strict=True):
+            parameter.data.copy_(value)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if is_main:  # drops what was logged since
+            os.truncate(run_dir / "metrics.jsonl", checkpoint["metrics_bytes"])
     writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
     if is_main and not resumed:
         write_safely(run_dir / "base.pt", base)
@@ -1277,7 +1239,10 @@ def main(args: Args) -> None:
             log(run_dir, writer, iteration, record)
         bar.set_postfix(reward=record["reward/mean"], w2=metrics["w2"])
         if is_main and (last or iteration % args.save_every == 0):
-            save_checkpoint(run_dir, iteration, metrics, lora, optimizer)
+            state = {"iteration": iteration, "metrics": metrics, "lora": [p.detach() for p in lora]}
+            state["optimizer"] = optimizer.state_dict()
+            state["metrics_bytes"] = (run_dir / "metrics.jsonl").stat().st_size
+            write_safely(run_dir / "checkpoint.pt", state)
 
     if is_main:
         writer.close()
