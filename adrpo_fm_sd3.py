@@ -684,27 +684,27 @@ def load_judges(args: Args, train: dict[str, dict], device: torch.device) -> Jud
 # -------------------------------------------------------------------------------------------- data
 def read_rows(spec: str, split: str | None) -> tuple[list, str]:
     """The rows of a file, or of NAME[:CONFIGURATION][@REVISION], and the source with its commit."""
-    path, source = Path(spec), spec
+    path = Path(spec)
     if path.suffix in (".txt", ".jsonl", ".json"):
         text = path.read_bytes().decode("utf-8-sig")  # without the mark that some editors write
         if path.suffix == ".json" and text.lstrip().startswith("["):
-            return json.loads(text), source
+            return json.loads(text), spec
         lines = [line for line in text.split("\n") if line.strip()]
-        return lines if path.suffix == ".txt" else [json.loads(line) for line in lines], source
+        return lines if path.suffix == ".txt" else [json.loads(line) for line in lines], spec
 
     import datasets  # here, because it is slow to import and these files do not need it
 
     if path.suffix in (".csv", ".parquet"):
-        return list(datasets.load_dataset(path.suffix[1:], data_files=spec)["train"]), source
+        return list(datasets.load_dataset(path.suffix[1:], data_files=spec)["train"]), spec
     name, _, revision = spec.partition("@")
     name, _, configuration = name.partition(":")
     parts = datasets.load_dataset(name, configuration or None, revision=revision or None)
     rows = parts[split or next(iter(parts))]
-    if rows.cache_files and not path.exists():
-        # The folder of its cache that the library has read is named after the commit.
-        commit = Path(rows.cache_files[0]["filename"]).parent.name
-        source = f"{spec.partition('@')[0]}@{commit}"
-    return list(rows), source
+    if path.exists() or not rows.cache_files:
+        return list(rows), spec
+    # The folder of its cache that the library has read is named after the commit.
+    commit = Path(rows.cache_files[0]["filename"]).parent.name
+    return list(rows), f"{spec.partition('@')[0]}@{commit}"
 
 
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
@@ -730,10 +730,8 @@ def load_rows(flag: str, spec: str, column: str | None, split: str | None):
         what = f"no text in column {column} (columns: {', '.join(columns)})"
         raise InputError(f"--{flag} {spec}: {what}; see --prompt-column")
     repeated = len(rows) - empty - len(unique)
-    unused = (
-        f"--{flag}: of {len(rows)} rows {empty} without a prompt, {repeated} repeated: not used"
-    )
-    return list(unique), list(unique.values()), unused if empty + repeated else "", source
+    note = f"--{flag}: of {len(rows)} rows {empty} without a prompt, {repeated} repeated: not used"
+    return list(unique), list(unique.values()), note if empty + repeated else "", source
 
 
 def load_prompts(args: Args) -> tuple[dict[str, dict], dict[str, dict], str, dict[str, str]]:
@@ -751,7 +749,7 @@ def load_prompts(args: Args) -> tuple[dict[str, dict], dict[str, dict], str, dic
         notes.append(f"every tenth of --prompts ({len(heldout)}) is held out for evaluation")
     common = len(train.keys() & heldout.keys())
     note = f"{common} of the {len(heldout)} evaluation prompts are trained on"
-    notes.append(f"{note}: that is not held-out" if common else note)
+    notes.append(note + ": that is not held-out" * (common > 0))
     heldout = dict(list(heldout.items())[: args.eval_max_prompts])
     sources["prompts_sha256"] = hashlib.sha256(repr((train, heldout)).encode()).hexdigest()
     return train, heldout, "; ".join(filter(None, notes)), sources
@@ -862,30 +860,28 @@ def prove(flow: Flow, prompt: str) -> tuple[Flow, float]:
     offset, slope = min(gaps, key=gaps.get)
     linear = gaps[offset, slope] <= 5e-3
     need(pipe, linear, f"its time {times} is no linear function of sigma {sigmas}")
-    # The sign, by a transformer that answers with ones: an untrained one's own answer may be 0.
-    hook = pipe.transformer.register_forward_hook(lambda *given: (torch.ones_like(given[2][0]),))
-    with watch(pipe) as (_, constant):
-        call(flow, prompts, guided=False, num_steps=1, output_type="latent")
-    hook.remove()
-    sign = constant[0][0].mean().item()
     x, time_dtype = question["hidden_states"], question["timestep"].dtype
+    answers, moved = [], []
+    for own, (_, _, point) in zip(asked, stepped, strict=True):
+        own = {name: own[name] for name in ("hidden_states", "timestep")} | {"return_dict": False}
+        answers.append(pipe.transformer(**question | own)[0].float())
+        moved.append(own["hidden_states"].float() - point.to(x.dtype).float())
+    answers, velocities = torch.stack(answers), torch.stack([v for v, _, _ in stepped])
+    # Of an untrained transformer, which answers 0, the sign is that of its time.
+    signs = (math.copysign(1, slope), -math.copysign(1, slope))
+    errors = {sign: (sign * answers - velocities).abs().max() for sign in signs}
+    sign = min(errors, key=errors.get)
+
+    (v, s, x_0), (_, s_next, x_1) = stepped[:2]
+    size = x_0.float().abs().max()  # of the noise
+    step_error = ((x_0.float() + (s_next - s) * v - x_1.float()).abs().max() / size).item()
+    error = (torch.stack([errors[sign], torch.stack(moved).abs().max()]).max() / size).item()
+    follows = error <= 1e-3 and step_error <= 1e-2  # false for NaN
+    what = f"its velocity is off by {error:.1g}, its first step by {step_error:.1g}"
+    need(pipe, follows, f"it does not follow its transformer's velocity: {what}")
     found = {"shape": tuple(x.shape[1:]), "sign": sign, "offset": offset, "slope": slope}
     found["time_dtype"] = time_dtype if time_dtype.is_floating_point else torch.float32
-    flow = flow._replace(**found, dtype=x.dtype, noise_dtype=stepped[0][2].dtype)
-    errors = []
-    for (v, _, x), own in zip(stepped, asked, strict=True):
-        point = {name: own[name] for name in ("hidden_states", "timestep")}
-        answer = pipe.transformer(**question | point | {"return_dict": False})[0].float()
-        errors.append((flow.sign * answer - v).abs().max())
-        errors.append((own["hidden_states"] - x.to(flow.dtype)).float().abs().max())
-    (v, s, x), (_, s_next, x_next) = stepped[:2]
-    step_error = (x.float() + (s_next - s) * v - x_next.float()).abs().max()
-    size = x.float().abs().max()  # of the noise
-    error, step_error = (torch.stack(errors).max() / size).item(), (step_error / size).item()
-    what = f"sign {flow.sign:g}, velocity off by {error:.1g}, first step by {step_error:.1g}"
-    follows = abs(flow.sign) == 1 and error <= 1e-3 and step_error <= 1e-2  # false for NaN
-    need(pipe, follows, f"it does not follow its transformer's velocity ({what})")
-    return flow, error
+    return flow._replace(**found, dtype=x.dtype, noise_dtype=x_0.dtype), error
 
 
 def add_lora(transformer: nn.Module, args: Args) -> list[nn.Parameter]:

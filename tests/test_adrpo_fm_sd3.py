@@ -379,7 +379,7 @@ def test_what_asks_in_another_way_is_refused(base_flags, tmp_path, family):
     line = refused(*base_flags, "--model-id", folder, *flags)
     why = {
         "cogview4": "is no linear function of sigma",
-        "hidream": "its transformer is asked for ['attention_kwargs', 'encoder_hidden_states_llama3'",
+        "hidream": "its transformer is asked for ['attention_kwargs', 'encoder_hidden_states",
         "z-image": "it encodes prompts as lists",
     }
     assert "cannot be tuned: " in line
