@@ -79,7 +79,7 @@ def small(folder: Path) -> None:
     pipe = StableDiffusion3Pipeline.from_pretrained(folder / "model")
     pipe.set_progress_bar_config(disable=True)
     clip = sd3.Clip(f"local-dir:{folder}/clip", None, torch.device("cpu"))
-    reward = sd3.clip_reward(clip)
+    reward = clip.score
     reference = SD3Transformer2DModel.from_pretrained(
         folder / "model" / "transformer"
     ).requires_grad_(False)
