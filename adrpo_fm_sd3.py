@@ -69,8 +69,8 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 SCRIPT = "adrpo_fm_sd3"
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-ATTENTION += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+PROJECTIONS += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TAKEN_TAGS = {
     "mean",
     "std",
@@ -112,7 +112,7 @@ class Args:
     """rank of the LoRA (flow_grpo)"""
     lora_alpha: int = 64
     """its update is scaled by alpha / rank (flow_grpo)"""
-    lora_targets: tuple[str, ...] = ATTENTION
+    lora_targets: tuple[str, ...] = PROJECTIONS
     """ends of the linear layers' names; default: those of the attention that the model has"""
     t5: bool = True
     """--no-t5 leaves SD3's largest text encoder out (9.5 GB in bf16), for less prompt following"""

@@ -45,7 +45,7 @@ import adrpo_fm_sd3 as sd3
 from benchmark import mini_world_sd3 as world
 
 PROMPTS, GROUP, STEPS, UPDATES, LENGTH = 12, 8, 10, 2, 8
-TARGETS = [f"attn.{end}" for end in sd3.PROJECTIONS]
+TARGETS = list(sd3.PROJECTIONS)
 
 
 def script_seconds(args: sd3.Args, skip: int) -> dict[str, float]:
@@ -85,7 +85,7 @@ def small(folder: Path) -> None:
     ).requires_grad_(False)
     transformer = pipe.transformer.requires_grad_(False)
     for network in (transformer, reference):
-        network.add_adapter(sd3.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+        network.add_adapter(sd3.peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
     # The same calls as the script's: a LoRA that is switched off is not free.
     reference.disable_adapters()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
