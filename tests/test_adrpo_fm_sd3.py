@@ -994,6 +994,34 @@ def test_advantage_in_units_of_the_base_models_spread(models, base_flags, runs, 
     assert "the base model's are all equal; --adv-norm none goes on" in line
 
 
+def test_the_models_of_clip_and_plugins_are_recorded(models, base_flags, tmp_path, monkeypatch):
+    """A changed one is refused on resume."""
+    plugin = "SOURCES = {'MINE': 'some/model@%s'}\ndef mine(images, prompts, rows):\n"
+    plugin += "    return images.mean((1, 2, 3))\n"
+    (tmp_path / "mine.py").write_text(plugin % "a")
+    flags = ["--reward", f"{tmp_path}/mine.py:mine", "--iterations", "1", "--output-dir", tmp_path]
+    finish(*base_flags, "--model-id", models["sd3"], *flags, "--run-name", "r")
+    sources = json.loads((tmp_path / "r" / "args.json").read_text())["sources"]
+    assert sources["MINE"] == "some/model@a"
+    (tmp_path / "r" / "summary.json").unlink()
+    (tmp_path / "mine.py").write_text(plugin % "b")
+    assert "--resume: MINE: not what the run began with" in refused("--resume", tmp_path / "r")
+    # a tag of open_clip: the commit is the folder of its file in the hub's cache
+    file = tmp_path / "snapshots" / ("c" * 40) / "open_clip_model.safetensors"
+    model = open_clip.create_model(f"local-dir:{models['clip']}")
+    options = {}
+
+    def create_model(name, pretrained, **given):
+        options.update(given)
+        return model
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda known: str(file))
+    clip = sd3.Clip("ViT-L-14", "openai", torch.device("cpu"))
+    assert clip.source == f"ViT-L-14:openai@{'c' * 40}"
+    assert options["force_quick_gelu"]
+
+
 def test_several_rewards_are_weighted_and_logged(models, base_flags, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def bright(images, prompts, metadata):\n    return images.mean(dim=(1, 2, 3))\n"
@@ -1214,7 +1242,9 @@ def test_weights_that_are_not_there_are_refused(models, base_flags, tmp_path, pa
     assert "not in its files" in line or "cannot be loaded" in line
 
 
-def test_a_revision_is_recorded_by_its_commit_and_used_again(models, base_flags, tmp_path):
+def test_a_revision_is_recorded_by_its_commit_and_used_again(
+    models, base_flags, tmp_path, monkeypatch
+):
     """A stand-in of the hub's cache, offline: main is one commit, then another."""
     commits, cache = ("a" * 40, "b" * 40), tmp_path / "hub" / "models--some--model"
     for commit in commits:
@@ -1235,14 +1265,16 @@ def test_a_revision_is_recorded_by_its_commit_and_used_again(models, base_flags,
     record = json.loads((tmp_path / "r" / "args.json").read_text())
     assert record["args"]["model_id"] == "some/model"
     assert record["sources"]["model_id"] == f"some/model@{commits[0]}"
+    assert record["sources"]["clip"] == f"local-dir:{models['clip']}"
     (cache / "refs" / "main").write_text(commits[1])
     (tmp_path / "r" / "summary.json").unlink()
     shutil.rmtree(cache / "snapshots" / commits[1])  # the resumed run does not look there
     result = script("--resume", tmp_path / "r")
     assert result.returncode == 0, result.stderr[-2000:]
-    result = script(*flags[:-2], "--model-id", "some/model@nosuch")
-    assert result.returncode == 1
-    assert "error: --model-id some/model@nosuch: no model_index.json" in result.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert sd3.find_model(f"some/model@{commits[0]}") == ("some/model", commits[0])
+    with pytest.raises(sd3.InputError, match="some/model@nosuch: no model_index.json"):
+        sd3.find_model("some/model@nosuch")
 
 
 def test_empty_and_columnless_prompts(models, base_flags, tmp_path):
