@@ -66,7 +66,46 @@ from benchmark import mini_world_sd3 as world
 # attention on the image.
 SD3_STYLES = {"sd3": {}, "sd3.5": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}}
 
-LM_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # of adrpo_grpo_llm.py
+# Of adrpo_grpo_llm.py: what a family's tiny configuration needs beside lm_config's.
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+LATENT |= {"v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4}
+LM_FAMILIES = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "cohere": {},
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "olmo2": {},
+    "phi3": {},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "qwen3_moe": {"num_experts": 4, **EXPERTS},
+    "deepseek_v3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, **LATENT, **EXPERTS},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "diffllama": {},
+}
+# Models whose cache is not keys and values of all tokens in each layer.
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+LINEAR |= {"linear_value_head_dim": 8, "shared_expert_intermediate_size": 16, "num_experts": 4}
+SSM = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+SHARED_LAYERS = {"num_hidden_layers": 3, "num_kv_shared_layers": 1, "sliding_window": 8}
+SHARED_LAYERS |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SHARED_LAYERS |= {"activation_sparsity_pattern": [0.0] * 3, "laurel_rank": 4}
+SHARED_LAYERS |= {"altup_num_inputs": 2, "altup_active_idx": 0, "hidden_size_per_layer_input": 8}
+LM_OTHER_CACHES = {
+    "falcon_h1": {"mamba_d_state": 8, **SSM},
+    "qwen3_next": {**LINEAR, **EXPERTS},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "rwkv": {"attention_hidden_size": 32},
+    "mamba": {},
+    "gemma3n_text": {"vocab_size_per_layer_input": 64, **SHARED_LAYERS},
+}
 # the first tokens; the last two open and close a turn of a chat
 PAD, EOS, BOS, UNK, TURN, END = range(6)
 MARKS = ("<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<end>")
@@ -414,6 +453,7 @@ def lm_config(family: str, **changes):
         "tie_word_embeddings": family.startswith("qwen"),
     }
     options |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    options |= LM_FAMILIES.get(family) or LM_OTHER_CACHES.get(family) or {}
     return AutoConfig.for_model(family, **options | changes)
 
 
