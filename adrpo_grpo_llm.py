@@ -816,7 +816,7 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
     found before gigabytes are fetched. A folder has no commit. Raises InputError."""
     name, _, revision = spec.partition("@")
-    if Path(spec).is_dir():
+    if any((Path(spec) / file).is_file() for file in ("config.json", "adapter_config.json")):
         return spec, None
     try:
         path = hf_hub_download(name, "config.json", revision=revision or None)
@@ -867,9 +867,10 @@ def check_lengths(config, args: Args) -> None:
     """Raise InputError where prompt and completion may be longer than the model can read."""
     needed = args.max_prompt_length + args.max_completion_length
     limit = getattr(config, "max_position_embeddings", None) or needed
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # which changes keys that are cached
-        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # changes keys that are cached
+            limit = min(limit, rope.get("original_max_position_embeddings") or limit)
     if limit < needed:
         what = f"together {needed}, more than the model's {limit}; lower one of them"
         raise InputError(f"--max-prompt-length, --max-completion-length: {what}")
@@ -948,10 +949,11 @@ def check_cache(policy: Policy, prompts: list[list[int]]) -> None:
     completions cannot be read on top of it."""
     config = policy.model.config.get_text_config()
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    _, cache = read_prompts(policy.sampler, *pad_left(policy, prompts))
-    lengths = [layer.get_seq_length() for layer in cache.layers]
-    whole = lengths == [max(map(len, prompts))] * config.num_hidden_layers
-    if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or not whole:
+    lengths = []
+    if not kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        _, cache = read_prompts(policy.sampler, *pad_left(policy, prompts))
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+    if lengths != [max(map(len, prompts))] * config.num_hidden_layers:
         what = f"its cache is not keys and values of all tokens ({kinds}, {lengths})"
         raise InputError(f"--model-id: {what}; give a model of plain or sliding attention")
 
