@@ -732,7 +732,7 @@ def load_rows(flag: str, spec: str, column: str | None, split: str | None):
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
     except Exception as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        kinds = "a .txt, .jsonl, .json, .csv or .parquet file, or NAME[:CONFIGURATION][@REVISION]"
+        kinds = f".txt, .jsonl, .json, .csv, .parquet, or --{flag} NAME:CONFIGURATION@REVISION"
         raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
     found = list(dict.fromkeys(key for row in rows for key in row))
     known = [name for name in ("prompt", "question", "text", "messages") if name in found]

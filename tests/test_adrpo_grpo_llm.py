@@ -1521,7 +1521,7 @@ def test_data_sets_with_configurations(tmp_path):
     (tmp_path / "d" / "README.md").write_text(f"---\nconfigs:\n{text}---\n")
     rows, _, _ = llm.load_rows("dataset", f"{tmp_path}/d:other", None, "train")
     assert [row["prompt"] for row in rows] == ["other 0", "other 1"]
-    with pytest.raises(llm.InputError, match="NAME.:CONFIGURATION"):
+    with pytest.raises(llm.InputError, match="NAME:CONFIGURATION"):
         llm.load_rows("dataset", f"{tmp_path}/d", None, None)
 
 
