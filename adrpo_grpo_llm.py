@@ -732,7 +732,7 @@ def load_rows(flag: str, spec: str, column: str | None, split: str | None):
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
     except Exception as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        kinds = "a .txt, .jsonl, .json, .csv or .parquet file, or NAME[:CONFIGURATION][@REVISION]"
+        kinds = f".txt, .jsonl, .json, .csv, .parquet, or --{flag} NAME:CONFIGURATION@REVISION"
         raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
     found = list(dict.fromkeys(key for row in rows for key in row))
     known = [name for name in ("prompt", "question", "text", "messages") if name in found]
@@ -816,7 +816,7 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
     found before gigabytes are fetched. A folder has no commit. Raises InputError."""
     name, _, revision = spec.partition("@")
-    if Path(spec).is_dir():
+    if any((Path(spec) / file).is_file() for file in ("config.json", "adapter_config.json")):
         return spec, None
     try:
         path = hf_hub_download(name, "config.json", revision=revision or None)
@@ -867,9 +867,10 @@ def check_lengths(config, args: Args) -> None:
     """Raise InputError where prompt and completion may be longer than the model can read."""
     needed = args.max_prompt_length + args.max_completion_length
     limit = getattr(config, "max_position_embeddings", None) or needed
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # which changes keys that are cached
-        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # changes keys that are cached
+            limit = min(limit, rope.get("original_max_position_embeddings") or limit)
     if limit < needed:
         what = f"together {needed}, more than the model's {limit}; lower one of them"
         raise InputError(f"--max-prompt-length, --max-completion-length: {what}")
@@ -948,10 +949,11 @@ def check_cache(policy: Policy, prompts: list[list[int]]) -> None:
     completions cannot be read on top of it."""
     config = policy.model.config.get_text_config()
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    _, cache = read_prompts(policy.sampler, *pad_left(policy, prompts))
-    lengths = [layer.get_seq_length() for layer in cache.layers]
-    whole = lengths == [max(map(len, prompts))] * config.num_hidden_layers
-    if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or not whole:
+    lengths = []
+    if not kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        _, cache = read_prompts(policy.sampler, *pad_left(policy, prompts))
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+    if lengths != [max(map(len, prompts))] * config.num_hidden_layers:
         what = f"its cache is not keys and values of all tokens ({kinds}, {lengths})"
         raise InputError(f"--model-id: {what}; give a model of plain or sliding attention")
 
