@@ -1105,31 +1105,40 @@ def test_a_diverging_run_stops_and_saves_nothing(again, base_flags, tmp_path):
         shutil.rmtree(tmp_path / "rate")
 
 
-# Runs of several command lines, one after the other, each with a process group of its own.
+# Several command lines one after the other, each with a process group of its own. Before the last
+# the first process makes the copy of a run that is resumed.
 SEVERAL = """
-import json, os, runpy, sys
+import json, os, pathlib, runpy, shutil, sys, time
+import accelerate
+script, *several, (finished, copy) = json.loads(sys.argv[1])
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-from tests.test_adrpo_grpo_llm import SCRIPT, reset_accelerate
-for port, flags in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = port
-    reset_accelerate()
-    sys.argv = [str(SCRIPT), *flags]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+for port, flags in several:
+    if "--resume" in flags and os.environ["RANK"] == "0":
+        shutil.copytree(finished, "part", ignore=lambda *_: ["summary.json", "checkpoint.pt"])
+        os.rename("part", copy)
+    while "--resume" in flags and not os.path.exists(copy):
+        time.sleep(0.05)
+    os.environ["MASTER_PORT"], sys.argv = port, [script, *flags]
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    runpy.run_path(script, run_name="__main__")
 """
 
 
-def run_processes(folder, *several):
-    """These command lines, each by two processes of torchrun."""
+def run_processes(folder, several, finished, copy):
+    """These command lines, each by two processes of torchrun; the last one resumes a copy of a
+    finished run from its last checkpoint but one."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in several]
     ports = [str(one.getsockname()[1]) for one in sockets]
     for one in sockets:
         one.close()
     (folder / "several.py").write_text(SEVERAL)
+    tasks = [str(SCRIPT), *zip(ports, several, strict=True), (str(finished), str(copy))]
     launcher = "import torch.distributed.run as launcher; launcher.main()"
     command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", "2"]
-    command += [folder / "several.py", json.dumps(list(zip(ports, several, strict=True)))]
-    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "timeout": 600, "check": False}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    command += [str(folder / "several.py"), json.dumps(tasks)]
+    options = {"cwd": folder, "timeout": 600, "check": False}
+    result = subprocess.run(command, capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -1142,19 +1151,16 @@ def test_two_processes_are_one_with_the_same_batch(again, base_flags, base, tmp_
     kinds["fsdp"], ones["fsdp"] = [*parts, "--fsdp"], ones["adrpo"]
     folder = ["--output-dir", tmp_path, "--run-name"]
     several = [with_flags(base_flags, *kinds[kind], *folder, f"two {kind}") for kind in kinds]
-    run_processes(tmp_path, *several)
+    straight, copied = tmp_path / "two fsdp", tmp_path / "copy"
+    run_processes(tmp_path, [*several, ["--resume", str(copied)]], straight, copied)
+    assert_same_run(straight, copied)
     for kind, one in ones.items():
         before = base["lora" if kind == "lora" else "adrpo"]
         assert_same_run(one, tmp_path / f"two {kind}", before, tolerance=1e-4)
         assert len(read_lines(tmp_path / f"two {kind}" / "samples" / "000002.jsonl")) == 4
     ids, loaded = torch.arange(6, 30)[None], AutoModelForCausalLM.from_pretrained
-    logits = [loaded(run / "final")(ids).logits for run in (ones["fsdp"], tmp_path / "two fsdp")]
+    logits = [loaded(run / "final")(ids).logits for run in (ones["fsdp"], straight)]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-2)
-    run = shutil.copytree(tmp_path / "two fsdp", tmp_path / "resumed")
-    (run / "summary.json").unlink()
-    (run / "checkpoint.pt").unlink()
-    run_processes(tmp_path, ["--resume", str(run)])
-    assert_same_run(tmp_path / "two fsdp", run)
 
 
 # ------------------------------------------------------------------- E. reward models against stock
