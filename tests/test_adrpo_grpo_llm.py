@@ -252,12 +252,10 @@ def test_adaptive_beta_against_a_loop(k):
     expected = [0.04 - min(max(a, -limit), limit) for a in values]
     assert got.tolist() == pytest.approx(expected, abs=1e-15)
     assert (got.min() >= 0) == (k is not None and k <= 1)
-
-
-def test_a_normalised_group_saturates_the_coefficient():
-    rewards = torch.tensor([[1.0, 0, 0, 1, 1, 0], [2.0, 2, 2, 2, 2, 2]])
-    got = llm.adaptive_beta(llm.group_advantage(rewards).flatten(), 0.04)
-    torch.testing.assert_close(got, torch.tensor([0, 0.08, 0.08, 0, 0, 0.08] + [0.04] * 6))
+    if k == 1:  # a normalised group saturates it
+        advantage = llm.group_advantage(torch.tensor([[1.0, 0, 0, 1], [2.0, 2, 2, 2]])).flatten()
+        expected = torch.tensor([0, 0.08, 0.08, 0] + [0.04] * 4)
+        torch.testing.assert_close(llm.adaptive_beta(advantage, 0.04), expected)
 
 
 def test_kl_k3_closed_form_and_unbiased():
@@ -767,12 +765,14 @@ def test_metrics_and_samples_of_a_run(runs, kind):
 
 @pytest.mark.parametrize("kind", ["adrpo", "lora"])
 def test_kl_is_exactly_zero_before_the_first_step_in_bf16(again, kind):
-    run, _ = again("--precision", "bf16", "--iterations", 1, *KINDS[kind])
+    """And later rollouts are of the weights of that time, though the sampler is a copy."""
+    flags = ["--precision", "bf16", "--lora-rank", 4] if kind == "lora" else ["--precision", "bf16"]
+    run, _ = again(*flags, "--learning-rate", 5e-2)
     rows = read_metrics(run)
     assert rows[0]["eval/kl"] == rows[1]["kl"] == rows[1]["clip_ratio/region_mean"] == 0
     assert rows[1]["eval/kl"] > 0
-    gap = rows[1]["sampling/sampling_logp_difference/max"]
-    assert 0 < gap < llm.SAMPLER_BOUND[torch.bfloat16] / 2
+    gaps = [row["sampling/sampling_logp_difference/max"] for row in rows[1:]]
+    assert 0 < max(gaps) < llm.SAMPLER_BOUND[torch.bfloat16] / 2
     stored = llm.load_checkpoint(run)["weights"]
     assert all(value.dtype == torch.float32 for value in [*weights(run).values(), *stored.values()])
 
@@ -905,15 +905,6 @@ def test_rewards_that_are_not_scaled(again, files):
         assert row["adrpo/coefficient_min"] == row["adrpo/coefficient_max"] == pytest.approx(0.04)
         assert (row["reward/std"], row["reward/frac_reward_zero_std"]) == (0, 1)
         assert row["losses/policy"] == 0
-
-
-def test_greedy_evaluation_and_a_warning_for_small_groups(again):
-    run, out = again("--eval-temperature", 0, "--iterations", 1, "--group-size", 2)
-    assert "warning: --group-size" in out
-    for step in range(2):
-        records = read_lines(run / "samples" / f"{step:06d}.jsonl")
-        texts = [record["completion"] for record in records]
-        assert texts[::2] == texts[1::2]
 
 
 def test_completions_of_one_token_are_strict_json(again):
@@ -1269,20 +1260,16 @@ def test_lines_end_at_line_feeds_only(tmp_path):
         assert rows[0]["prompt"] == text
 
 
-def write_tables(folder):
+def test_tables_and_configurations(tmp_path):
     """A data set of two configurations, as GSM8K is laid out."""
+    folder, listed = tmp_path / "gsm", "---\nconfigs:\n"
     for name in ("main", "socratic"):
         (folder / name).mkdir(parents=True)
-        table = [{"question": "the cat", "kind": name}, {"question": "the dog", "kind": name}]
-        table = pyarrow.Table.from_pylist(table)
+        rows = [{"question": "the cat", "kind": name}, {"question": "the dog", "kind": name}]
+        table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, folder / name / "train.parquet")
-    parts = [f"- config_name: {n}\n  data_files: {n}/*.parquet\n" for n in ("main", "socratic")]
-    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(parts) + "---\n")
-    return folder
-
-
-def test_tables_and_configurations(tmp_path):
-    folder = write_tables(tmp_path / "gsm")
+        listed += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
+    (folder / "README.md").write_text(listed + "---\n")
     rows, _, _ = llm.load_rows("dataset", str(folder / "main" / "train.parquet"), None, None)
     assert [row["prompt"] for row in rows] == ["the cat", "the dog"]
     assert rows[0]["kind"] == "main"
@@ -1443,12 +1430,11 @@ BAD = """
 --reward-model {bad}/two | --reward-model {bad}/none | --reward-weights nan |
 --reward-weights 1 2 | --group-size 1 | --prompts-per-update 0 | --top-p 0 | --top-p 1.1 |
 --top-k -1 | --seed -1 | --temperature 0 | --eval-temperature -1 | --adv-clip-k -1 | --beta0 -0.1 |
---learning-rate nan | --iterations 0 | --fsdp | --chat-template-kwargs {{ --chat |
---lora-targets attention.q --lora-rank 4 | --resume nowhere
+--learning-rate nan | --iterations 0 | --fsdp | --resume nowhere
 """
 
 
-@pytest.mark.parametrize("flags", map(str.strip, BAD.split("|")))
+@pytest.mark.parametrize("flags", [one.strip() for one in BAD.split("|")])
 def test_bad_flags_get_one_line(models, files, bad, base_flags, tmp_path, flags):
     given = flags.format(bad=bad, plain=models("plain"), files=files).split()
     line = refused(base_flags, "--output-dir", tmp_path / "runs", *given)
