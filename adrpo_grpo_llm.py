@@ -1038,7 +1038,10 @@ def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
 def write_safely(path: Path, state: dict) -> None:
     """torch.save under another name, flushed to the disk, then renamed: never half a file."""
     with path.with_suffix(".part").open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's own, for what the disk said
+            raise error.__context__ or error from None
         file.flush()
         os.fsync(file.fileno())
     if path.exists():

@@ -1539,6 +1539,22 @@ def test_json_has_no_nan(base_flags, tmp_path):
     assert read_metrics(tmp_path / "r")[1]["completions/distinct_2"] is None
 
 
+class FullDisk(io.BytesIO):
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(runs, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora"][0], run)
+    before = (run / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(Path, "open", lambda *_: FullDisk())
+    with pytest.raises(OSError, match="No space left on device"):  # one line at the entry point
+        llm.write_safely(run / "checkpoint.pt", llm.load_checkpoint(run))
+    monkeypatch.undo()
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
 @pytest.fixture(scope="session")
 def bad(models, tmp_path_factory):
     """A folder of things that cannot work."""
