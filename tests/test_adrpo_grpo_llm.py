@@ -1469,6 +1469,21 @@ def test_a_plugins_own_error_is_shown_and_its_exit_is_no_success(base_flags, tmp
         finish(base_flags, "--reward", f"{tmp_path}/mine.py:leaves", "--output-dir", tmp_path)
 
 
+class FullDisk(io.BytesIO):
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs["lora"][0], tmp_path / "run")
+    before = (run / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(Path, "open", lambda *_: FullDisk())
+    with pytest.raises(OSError, match="No space left"):  # one line at the entry point
+        llm.write_safely(run / "checkpoint.pt", llm.load_checkpoint(run))
+    monkeypatch.undo()
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------ H. help, docs
 
 
@@ -1495,5 +1510,6 @@ def test_every_logged_tag_is_documented(runs):
 def test_every_flag_in_the_docs_exists_and_every_flag_is_there():
     flags = {f"--{name.replace('_', '-')}" for name in llm.Args.__dataclass_fields__}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", DOCS.read_text()))
-    others = {"--nproc-per-node", "--help", "--task", "--gpu", "--rare"}
+    others = {"--nproc-per-node", "--help", "--task", "--gpu", "--rare", "--count", "--steps"}
+    others |= {"--no-keep-adapters", "--modes"}
     assert named <= flags | others
