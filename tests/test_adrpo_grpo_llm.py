@@ -25,6 +25,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import accelerate
+import huggingface_hub
 import numpy as np
 import peft
 import pyarrow
@@ -1073,6 +1074,30 @@ def test_other_prompts_than_when_the_run_began_are_refused(again, files, tmp_pat
     (run / "summary.json").unlink()
     prompts.write_text("\n".join([*PROMPTS[:-1], "the bird sees"]))
     assert "--dataset" in refused(["--resume", run])
+
+
+def test_a_model_of_the_hub_is_pinned_to_its_commit(again, models, tmp_path, monkeypatch):
+    """By a cache as the hub's client writes it: recorded, gone on from after the branch has moved,
+    and a revision that is not there is refused."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub, commits = tmp_path / "hub" / "models--org--name", ("a" * 40, "b" * 40)
+    shutil.copytree(models("world"), hub / "snapshots" / commits[0])
+    (hub / "snapshots" / commits[1]).mkdir()
+    shutil.copy(models("world") / "config.json", hub / "snapshots" / commits[1])
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commits[0])
+    run, _ = again("--model-id", "org/name", "--iterations", 1)
+    assert (
+        json.loads((run / "args.json").read_text())["sources"]["model_id"] == f"org/name@{'a' * 40}"
+    )
+    final = weights(run)
+    (hub / "refs" / "main").write_text(commits[1])
+    assert llm.find_model("--model-id", "org/name") == ("org/name", commits[1])
+    (run / "summary.json").unlink()
+    finish([], "--resume", run)
+    torch.testing.assert_close(weights(run), final, rtol=0, atol=0)
+    with pytest.raises(llm.InputError, match="--model-id"):
+        llm.find_model("--model-id", "org/name@nosuch")
 
 
 def test_a_flag_given_twice_is_refused(base_flags):
