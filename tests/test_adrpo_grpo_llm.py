@@ -283,31 +283,10 @@ def test_huge_differences_stay_finite_and_pull_the_right_way():
         assert gradient.isfinite().all()
 
 
-def loss_inputs():
-    logp, old, ref = (-numbers(4, 6, seed=seed).abs() for seed in range(3))
-    mask = torch.arange(6) < torch.tensor([6, 1, 4, 3])[:, None]
-    advantage = torch.tensor([0.9, -1.2, 0.3, -0.1]).double()
-    return logp, old, ref, advantage, torch.tensor([0, 0.08, 0.02, 0.07]).double(), mask
-
-
-def test_grpo_loss_against_a_slow_loop():
-    logp, old, ref, advantage, coefficient, mask = loss_inputs()
-    total = 0.0
-    for i in range(4):
-        terms = []
-        for t in range(int(mask[i].sum())):
-            ratio, d = math.exp(logp[i, t] - old[i, t]), float(ref[i, t] - logp[i, t])
-            clipped = min(max(ratio, 0.8), 1.2)
-            policy = min(ratio * float(advantage[i]), clipped * float(advantage[i]))
-            terms.append(-policy + float(coefficient[i]) * (math.exp(d) - d - 1))
-        total += sum(terms) / len(terms) / 4
-    got = llm.grpo_loss(logp, old, ref, advantage, coefficient, mask, 0.2).item()
-    assert got == pytest.approx(total, rel=1e-6)
-
-
 def test_gradient_at_ratio_one_is_reinforce_plus_kl_and_stops_at_the_mask():
-    logp, _, ref, advantage, coefficient, mask = loss_inputs()
-    logp.requires_grad_(True)
+    logp, ref = -numbers(4, 6).abs().requires_grad_(True), -numbers(4, 6, seed=2).abs()
+    mask = torch.arange(6) < torch.tensor([6, 1, 4, 3])[:, None]
+    advantage, coefficient = torch.tensor([[0.9, -1.2, 0.3, -0.1], [0, 0.08, 0.02, 0.07]]).double()
     loss = llm.grpo_loss(logp, logp.detach(), ref, advantage, coefficient, mask, 0.2)
     (gradient,) = torch.autograd.grad(loss, logp)
     pull = 1 - (ref - logp.detach()).exp()  # derivative of k3
@@ -717,13 +696,11 @@ def test_metrics_and_samples_of_a_run(runs, kind):
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["eval/kl"] == 0
     assert rows[1]["kl"] == rows[1]["losses/divergence"] == rows[1]["clip_ratio/region_mean"] == 0
-    assert rows[2]["kl"] > 0
-    assert rows[2]["eval/kl"] > 0
-    assert 0 < rows[1]["sampling/sampling_logp_difference/max"] < 1e-5
-    assert 0 < rows[1]["sampling/sampling_logp_difference/mean"] < 1e-5
-    highest, lowest = (0.04, 0.04) if kind == "grpo" else (0.08, 0)
-    assert rows[1]["adrpo/coefficient_max"] == pytest.approx(highest)
-    assert rows[1]["adrpo/coefficient_min"] == pytest.approx(lowest)
+    assert min(rows[2]["kl"], rows[2]["eval/kl"]) > 0
+    for figure in ("max", "mean"):
+        assert 0 < rows[1][f"sampling/sampling_logp_difference/{figure}"] < 1e-5
+    bounds = [rows[1][f"adrpo/coefficient_{name}"] for name in ("min", "max")]
+    assert bounds == pytest.approx([0.04, 0.04] if kind == "grpo" else [0, 0.08])
     assert rows[1]["charts/learning_rate"] == pytest.approx((1e-2 if kind == "lora" else 1e-3) / 5)
     events = EventAccumulator(str(run), size_guidance={"histograms": 0})
     events.Reload()
@@ -733,31 +710,28 @@ def test_metrics_and_samples_of_a_run(runs, kind):
         logged = {event.step: event.value for event in events.Scalars(tag)}
         expected = {row["step"]: row[tag] for row in rows if tag in row}
         assert logged == pytest.approx(expected, rel=1e-5), tag
-    assert [event.step for event in events.Histograms("adrpo/coefficient")] == [1, 2]
-    assert sum(events.Histograms("adrpo/coefficient")[0].histogram_value.bucket) == 8
+    drawn = events.Histograms("adrpo/coefficient")
+    assert [(one.step, sum(one.histogram_value.bucket)) for one in drawn] == [(1, 8), (2, 8)]
     texts = events.Tensors("completions/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in texts}
-    for step in range(3):
+    for step, row in enumerate(rows):
         records = read_lines(run / "samples" / f"{step:06d}.jsonl")
         assert [record["prompt"] for record in records] == [PROMPTS[i] for i in (0, 0, 10, 10)]
         assert html.escape(PROMPTS[0]) in texts[step]
         assert not re.search(r"<(?!/?pre>)", texts[step])
-        for some in (records[:2], records[2:]):
-            shown = [f"\n{html.escape(record['completion'])}</pre>" for record in some]
-            assert any(one in texts[step] for one in shown)
-        tokens = sum(record["tokens"] for record in records)
-        for name in ("kl", "entropy"):
-            total = sum(record[name] for record in records)
-            assert rows[step][f"eval/{name}"] == pytest.approx(total / tokens)
-        mean = np.mean([record["reward"] for record in records])
-        assert rows[step]["eval/reward"] == pytest.approx(mean)
-        assert rows[step]["eval/reward"] == rows[step]["eval/reward_words"]
-        assert rows[step]["eval/mean_length"] == tokens / 4
-        cut = np.mean([record["cut_off"] for record in records])
-        assert rows[step]["eval/clipped_ratio"] == cut
+        shown = [f"\n{html.escape(one['completion'])}</pre>" in texts[step] for one in records]
+        assert any(shown[:2])
+        assert any(shown[2:])
         written = [record["completion"] for record in records]
         expected = [len(set(text.split())) + 0.01 * len(text) for text in written]
         assert [record["reward"] for record in records] == pytest.approx(expected, rel=1e-6)
+        sums = {name: sum(one[name] for one in records) for name in [*records[0]][2:]}
+        assert row["eval/mean_length"] == sums["tokens"] / 4
+        assert row["eval/clipped_ratio"] == sums["cut_off"] / 4
+        for name in ("kl", "entropy"):
+            assert row[f"eval/{name}"] == pytest.approx(sums[name] / sums["tokens"])
+        for name in ("reward", "reward_words"):
+            assert row[f"eval/{name}"] == pytest.approx(sums["reward"] / 4)
     summary = json.loads((run / "summary.json").read_text())
     for name, row in (("base", rows[0]), ("final", rows[2])):
         logged = {tag[5:]: value for tag, value in row.items() if tag.startswith("eval/")}
@@ -1164,6 +1138,8 @@ def test_two_processes_are_one_with_the_same_batch(again, base_flags, base, tmp_
     parts = ["--prompts-per-update", "4", "--train-tokens", "36", "--updates-per-rollout", "2"]
     kinds = {kind: [*KINDS[kind], *parts] for kind in ("adrpo", "lora")}
     ones = {kind: again(*flags, name=kind)[0] for kind, flags in kinds.items()}
+    with pytest.raises(llm.InputError, match="--prompts-per-update"):
+        llm.check_args(llm.Args(prompts_per_update=5), 2)
     kinds["fsdp"], ones["fsdp"] = [*parts, "--fsdp"], ones["adrpo"]
     folder = ["--output-dir", tmp_path, "--run-name"]
     several = [with_flags(base_flags, *kinds[kind], *folder, f"two {kind}") for kind in kinds]
@@ -1255,16 +1231,16 @@ def test_a_reward_adapter_brings_its_head(models, tmp_path):
 # ------------------------------------------------------------------------------------------ F. data
 
 
+CAT, DOG = "the\u2028cat\x85", "the dog"  # lines end at line feeds only
 LAYOUTS = {
-    "bom.txt": "\ufeffthe cat\nthe dog\n",
-    "dos.txt": "the cat\r\n\r\nthe dog\r\n",
-    "strings.json": '["the cat", "the dog"]',
-    "objects.json": '[{"prompt": "the cat"}, {"prompt": "the dog"}]',
-    "indented.json": json.dumps([{"question": "the cat"}, {"question": "the dog"}], indent=2),
-    "lines.json": '{"text": "the cat"}\n{"text": "the dog"}\n',
-    "bom.jsonl": '\ufeff{"prompt": "the cat"}\n\n{"prompt": "the dog"}\n',
-    "table.csv": 'prompt,number\n"the cat",1\n"the dog",2\n',
-    "bom.csv": "\ufeffprompt,number\nthe cat,1\nthe dog,2\n",
+    "bom.txt": f"\ufeff{CAT}\n{DOG}\n",
+    "dos.txt": f"{CAT}\r\n\r\n{DOG}\r\n",
+    "strings.json": json.dumps([CAT, DOG], ensure_ascii=False),
+    "objects.json": json.dumps([{"prompt": CAT}, {"prompt": DOG}]),
+    "indented.json": json.dumps([{"question": CAT}, {"question": DOG}], indent=2),
+    "lines.json": f'{{"text": "{CAT}"}}\n{{"text": "{DOG}"}}\n',
+    "bom.jsonl": f'\ufeff{{"prompt": "{CAT}"}}\n\n{{"prompt": "{DOG}"}}\n',
+    "table.csv": f'\ufeffnumber,prompt\r\n1,"{CAT}"\r\n2,{DOG}\r\n',
 }
 
 
@@ -1272,17 +1248,8 @@ LAYOUTS = {
 def test_layouts_of_prompts(tmp_path, name):
     (tmp_path / name).write_bytes(LAYOUTS[name].encode())
     rows, note, source = llm.load_rows("dataset", str(tmp_path / name), None, None)
-    assert [row["prompt"] for row in rows] == ["the cat", "the dog"]
+    assert [row["prompt"] for row in rows] == [CAT, DOG]
     assert (note, source) == ("", str(tmp_path / name))
-
-
-def test_lines_end_at_line_feeds_only(tmp_path):
-    text = "one\u2028still one\x0bstill\x85still"
-    (tmp_path / "p.txt").write_bytes(f"{text}\ntwo".encode())
-    (tmp_path / "p.jsonl").write_bytes(json.dumps({"prompt": text}, ensure_ascii=False).encode())
-    for name in ("p.txt", "p.jsonl"):
-        rows, _, _ = llm.load_rows("dataset", str(tmp_path / name), None, None)
-        assert rows[0]["prompt"] == text
 
 
 def test_tables_and_configurations(tmp_path):
@@ -1465,11 +1432,6 @@ def test_bad_flags_get_one_line(models, files, bad, base_flags, tmp_path, flags)
     line = refused(base_flags, "--output-dir", tmp_path / "runs", *given)
     assert given[0] in line
     assert not (tmp_path / "runs").exists()
-
-
-def test_prompts_that_processes_cannot_share_are_refused():
-    with pytest.raises(llm.InputError, match="--prompts-per-update"):
-        llm.check_args(llm.Args(prompts_per_update=5), 2)
 
 
 def test_an_existing_or_unwritable_folder_is_refused(base_flags, runs, tmp_path):
