@@ -1,12 +1,11 @@
-"""ADRPO for audio reasoning: GRPO with the adaptive KL coefficient, CESAR's process rewards, and
-the MMAU evaluation.
+"""ADRPO for audio reasoning: GRPO with adaptive KL weights, CESAR's process rewards, MMAU.
 
 Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 7, on
-audio questions with several choices: a completion's KL to the reference model has the
-weight `beta0 - A`, A its advantage over the other completions of its question, clipped to +-k
-beta0. `--method grpo` holds it at beta0 (GRPO, arXiv 2402.03300). The rewards are the outcome
-pair (right answer, right format) and CESAR's (ICLR 2026, arXiv 2510.20867): consistency, keywords,
-overthinking. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
+questions about sound with several choices: every completion has its own weight of the KL to the
+reference model, `beta0 - A`, where A is its advantage over the other completions of its question,
+clipped to +-k beta0. `--method grpo` holds the weight at beta0 (GRPO, arXiv 2402.03300). Rewards:
+the outcome pair (right answer, right format), CESAR's process rewards (ICLR 2026, arXiv
+2510.20867) and your own. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
 
     A  = (R - group mean) / (group std + 1e-4)
     L  = mean over completions of the mean over their tokens of
@@ -14,59 +13,55 @@ overthinking. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
     KL = exp(ref - pol) - (ref - pol) - 1             per token, of the log-probabilities (k3)
     R  = w1 accuracy + w2 format + w3 consistency + w4 keywords + w5 overthinking
 
-One iteration: read, resample and encode --prompts-per-update clips, roll out --group-size
-completions for each question, score them, one optimiser step on all of them. A clip goes through
-the frozen audio tower once; a question, clip included, is one row for its whole group in the
-rollout, the reference and the training pass:
+A clip is read, resampled and encoded once for its question, and the question with it is read once
+for its whole group of completions: in the rollout, the reference and the training pass.
 
-    [ audio and question | completion 1 | completion 2 | ... | completion G ]
-
-Where this departs from the papers, or they are silent:
-- Learning rate, steps and prompts of ADRPO's audio run are not published: group, lengths and prompt
-  follow the open recipe for the same model and data (Ke-Omni-R), the LoRA a published one for one
-  GPU. KL and std as in both.
-- CESAR's lists of keywords are not published in full: ours stand at the top of this file, each part
-  capped at 1.
-- Evaluation is greedy; a missing prediction is wrong; the answer is the text inside the last
-  <answer> block.
+Ours, where we depart from the papers or they are silent: learning rate, steps and prompt of ADRPO's
+audio run are not published: group, lengths and prompt are those of the open recipe for the same
+model and data (Ke-Omni-R), the LoRA a published one for one GPU; CESAR's keyword lists are not
+published in full (ours stand at the top of this file, each part capped at 1); evaluation is greedy,
+and a missing prediction is wrong.
 
     python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
         --eval-data gamma-lab-umd/MMAU-test-mini
     python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
         --reward-weights 5 1 1 1 1  # CESAR
-    torchrun --nproc-per-node 8 adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
-        --gradient-checkpointing
-    python adrpo_audio_mmau.py --eval-only --adapter runs/NAME/final --eval-data mmau.json \\
-        --think-budgets 0 50 100
+    python adrpo_audio_mmau.py --eval-only --adapter runs/NAME/final --eval-data mmau.json
+    torchrun --nproc-per-node 8 adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs
 
 Without a GPU: benchmark/mini_world_audio.py makes a small trained model and questions about
-synthetic sounds, on which this file learns in minutes. Equations, rewards, metrics, results and
-limits: docs/adrpo_audio_mmau.md
+synthetic sounds, on which this file learns in minutes. Equations, rewards, metrics, results, time
+and memory: docs/adrpo_audio_mmau.md.
 """
 
+import ast
 import contextlib
 import copy
+import csv
 import dataclasses
-import errno
 import gc
 import hashlib
 import html
+import importlib.util
 import io
 import json
 import math
 import os
-import platform
 import random
 import re
+import string
 import subprocess
 import sys
 import time
+import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import accelerate
-import matplotlib
 import numpy as np
 import peft
 import soundfile
@@ -76,7 +71,9 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate.utils import gather_object
-from peft import LoraConfig, get_peft_model
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.utils.rnn import pad_sequence
@@ -93,24 +90,22 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SCRIPT = "adrpo_audio_mmau"
 SAMPLE_RATE = 16000
-# The order of --reward-weights.
 REWARDS = ("accuracy", "format", "consistency", "keywords", "overthinking")
 TASKS = ("sound", "music", "speech")  # of MMAU
+TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "tokens", "reasoning_tokens", *REWARDS}
+TAKEN_TAGS |= {"accuracy_untagged", *[f"accuracy_{task}" for task in TASKS]}
+PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 # Elements of float32 logits alive in the training pass: 268 MB, whatever the vocabulary.
 LOGITS_AT_ONCE = 2**26
-BAR = {
-    "accuracy": "reward/accuracy",
-    "kl": "kl",
-    "entropy": "entropy",
-    "length": "completions/mean_length",
-}
-KEEP_CHECKPOINTS = 2
-LETTER = r"^\([A-Z]\)\s*"  # before a choice: (A)
+DIVERGED = "lower --learning-rate, or raise --beta0"
+NO_SPREAD = (
+    "warning: for ten iterations more than 80 % of the groups had one reward for all their "
+    "completions: nothing to learn from; use a finer reward, easier or harder questions, or a "
+    "larger --group-size"
+)
+LETTER = re.compile(r"\(([A-Z])\)\s*|([A-Z])[.):]\s+")  # before a choice: (A), or A. and a space
 
 # CESAR's keyword reward, our lists: a part is the number of different entries found over the number
 # that makes it 1.
@@ -145,18 +140,12 @@ STOP_WORDS = {
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. Its message is one line that names the flag and the
-    remedy."""
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, or its type where it has none."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    """What the user gave cannot work: one line that names the flag and the remedy."""
 
 
 @dataclasses.dataclass
 class Args:
-    # ----------------------------------------------------------------------------------- experiment
+    # ------------------------------------------------------------------------------- experiment
     output_dir: str = "runs"
     """folder that receives one sub-folder per run"""
     run_name: str | None = None
@@ -164,81 +153,75 @@ class Args:
     seed: int = 1
     """seed of everything: LoRA, order of the questions, rollouts"""
     cpu: bool = False
-    """stay on the CPU; several processes there: torchrun --nproc-per-node N adrpo_audio_mmau.py
-    --cpu"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: matrix products in bfloat16; trained weights, log-probabilities and losses stay
-    float32. auto: bf16 on a GPU that has units for it, else fp32"""
+    """stay on the CPU; several processes there: torchrun --nproc-per-node N SCRIPT --cpu"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the frozen weights and matrix products; trained weights, log-probabilities and losses are
+    float32; auto: bf16 on a GPU that has it"""
     resume: str | None = None
-    """run folder to continue exactly from its newest checkpoint, or `latest`; the run's own flags
-    are used"""
+    """run folder to continue exactly from its last checkpoint, or `latest`, with its own flags"""
     eval_only: bool = False
-    """no training: answer --eval-data, once for each of --think-budgets, and write predictions,
-    scores and curve"""
+    """no training: answer --eval-data and write predictions and scores"""
 
-    # ---------------------------------------------------------------------------------------- model
+    # ------------------------------------------------------------------------------------ model
     model_id: str = "Qwen/Qwen2.5-Omni-7B"
-    """Qwen2.5-Omni (its thinker is loaded) or Qwen2-Audio, hub id or folder. It is also the
+    """Qwen2.5-Omni (its thinker) or Qwen2-Audio: a folder, or NAME[@REVISION] of the hub; also the
     reference"""
     adapter: str | None = None
     """--eval-only: folder of a LoRA (a run's final/) on top of the model"""
     lora_rank: int = 8
-    """rank of the LoRA on the language model, switched off for the reference (the published one-GPU
-    preset: 8). 0 trains all of the language model's layers and head beside a frozen copy; audio
-    tower and embeddings stay frozen"""
+    """rank of the LoRA on the language model (the published one-GPU preset: 8). 0 trains all of the
+    language model's layers and head beside a frozen copy; audio tower and embeddings stay frozen"""
     lora_alpha: int = 32
-    """the LoRA's update is scaled by alpha / rank (the same preset: 32)"""
+    """its update is scaled by alpha / rank (the same preset: 32)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
 
-    # ----------------------------------------------------------------------------------------- data
+    # ------------------------------------------------------------------------------------- data
     train_data: str | None = None
-    """questions to train on: .jsonl, a row {audio, question, choices, answer} a line, or a .json
-    list of such rows, of AVQA's own rows, or of MMAU's; or a dataset NAME[@REVISION][:SPLIT] with
-    audio in it, of the hub or in a folder"""
+    """rows {audio, question, choices, answer}, AVQA's own or MMAU's: .json, .jsonl, .csv, .parquet,
+    a folder, or of the hub NAME[:CONFIGURATION][@REVISION]; clips beside it or in it"""
     audio_dir: str | None = None
     """folder the clips of --train-data are relative to; default: that of the file"""
+    train_split: str | None = None
+    """split of a data set; default: its only one"""
     eval_data: str | None = None
-    """questions to evaluate on: MMAU's JSON as published, gamma-lab-umd/MMAU-test-mini (the hub's,
-    clips included), or as --train-data; default: every tenth of --train-data, which is then not
-    trained on"""
+    """questions to evaluate on, given like --train-data; default: every tenth of those, not trained
+    on"""
     eval_audio_dir: str | None = None
     """folder the clips of --eval-data are relative to; default: that of the file"""
+    eval_split: str | None = None
+    """split of a data set; default: its only one, or its only test split"""
     eval_max: int | None = None
     """only the first so many of them"""
     train_on_eval: bool = False
     """train on data that is, or overlaps with, an evaluation split: refused without this"""
     max_audio_seconds: float = 30.0
     """longer clips are cut, and counted; the model's own window is a limit too"""
-
-    # --------------------------------------------------------------------------------------- prompt
     think_budget: int = 50
     """words the prompt allows for <think> (Ke-Omni-R: 50); 0 asks for a direct answer"""
-    think_budgets: tuple[int, ...] | None = None
-    """--eval-only: evaluate each of these and draw accuracy against the reasoning used (CESAR: 0 25
-    50 ... 250)"""
 
-    # -------------------------------------------------------------------------------------- rewards
-    reward_weights: tuple[float, float, float, float, float] = (1.0, 1.0, 0.0, 0.0, 0.0)
-    """weights of accuracy, format, consistency, keywords, overthinking; 5 1 1 1 1 is CESAR"""
+    # ---------------------------------------------------------------------------------- rewards
+    reward_weights: tuple[float, ...] = (1.0, 1.0, 0.0, 0.0, 0.0)
+    """of accuracy, format, consistency, keywords, overthinking (CESAR: 5 1 1 1 1), and then of each
+    --reward, default 1"""
+    reward: tuple[str, ...] = ()
+    """beside these: FILE.py:function, function(prompts, completions, rows) -> floats"""
 
-    # -------------------------------------------------------------------------------------- rollout
+    # ---------------------------------------------------------------------------------- rollout
     prompts_per_update: int = 8
-    """questions per iteration, over all processes; a multiple of their number. Few make the update
-    noisy"""
+    """questions per iteration, over all processes; a multiple of these. Few: noisy updates"""
     group_size: int = 8
     """completions per question (Ke-Omni-R, CESAR: 8). Their mean reward is the baseline: below 4 it
     is noise"""
     max_completion_length: int = 256
-    """tokens after which a completion is cut off; also the overthinking reward's maximum (CESAR:
-    256)"""
+    """tokens after which a completion is cut off; the overthinking reward's maximum (CESAR: 256)"""
     temperature: float = 1.0
     """of the policy, in rollouts and in training alike (Ke-Omni-R: 1)"""
     rollout_batch: int = 64
     """completions rolled out at once, per process (at least one group); changes memory and speed,
     not the result"""
 
-    # ---------------------------------------------------------------------------------- fine-tuning
+    # ------------------------------------------------------------------------------ fine-tuning
     method: Literal["adrpo", "grpo"] = "adrpo"
     """grpo holds the coefficient at beta0"""
     iterations: int = 1000
@@ -251,6 +234,9 @@ class Args:
     adv_clip_k: float | None = 1.0
     """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; 0.5 and 2 are its Table 3);
     None = no clip"""
+    scale_rewards: Literal["group", "none"] = "group"
+    """divide A by the group's standard deviation (GRPO), or not (Dr. GRPO): with it nearly every A
+    is beyond the clip"""
     clip_eps: float = 0.2
     """clip the ratio to 1 +- this"""
     learning_rate: float = 5e-6
@@ -262,414 +248,102 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient norm clip"""
     train_tokens: int = 4096
-    """tokens per forward and backward pass, padding included, per process: whole groups, or part of
-    one, each with its question once; changes memory and speed, not the result"""
+    """tokens per forward and backward pass, padding included, per process; changes memory and
+    speed, not the result"""
 
-    # ---------------------------------------------------------------------- evaluation, checkpoints
+    # ---------------------------------------------------------------- evaluation, checkpoints
     eval_every: int = 100
     """iterations between evaluations"""
     eval_temperature: float = 0.0
     """0 = greedy"""
     eval_batch: int = 16
-    """questions answered at once in an evaluation, per process; changes memory and speed, not the
-    result"""
+    """questions answered at once, per process; changes memory and speed, not the result"""
     save_every: int = 50
     """iterations between checkpoints"""
+    keep_adapters: bool = True
+    """keep the LoRA of each evaluation in adapters/: the best is often an earlier one"""
 
 
-# ------------------------------------------------------------------------------ answers and rewards
+# -------------------------------------------------------------------------------------- the method
+def group_advantage(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO); scale "none" does not divide
+    (Dr. GRPO). rewards [P,G] -> [P,G], detached."""
+    # Relative to the first reward, so that a group of equal rewards gives exactly 0.
+    relative = rewards - rewards[:, :1]
+    spread = relative.std(dim=1, keepdim=True) + eps if scale == "group" else 1.0
+    return ((relative - relative.mean(dim=1, keepdim=True)) / spread).detach()
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words: runs of letters, digits and underscores, as MMAU's official rule splits."""
-    return re.findall(r"\b\w+\b", text.lower())
+def adaptive_beta(advantage: Tensor, beta0: float, clip_k: float | None = 1.0) -> Tensor:
+    """ADRPO's KL coefficient beta0 - clip(A, +-k beta0) (eq. 7): advantage [B] -> [B], detached;
+    clip_k None: no clip. With k <= 1 it is never negative."""
+    if clip_k is not None:
+        advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
+    return (beta0 - advantage).detach()
 
 
-def concepts(text: str) -> set[str]:
-    """Its different words without STOP_WORDS."""
-    return set(words(text)) - STOP_WORDS
+def adrpo_statistics(coefficient: Tensor, advantage: Tensor, limit: float) -> dict[str, float]:
+    """The adrpo/* figures of a rollout; saturated: share of completions whose A is cut to
+    +-limit."""
+    figures = {"coefficient_mean": coefficient.mean(), "coefficient_min": coefficient.min()}
+    figures["coefficient_max"] = coefficient.max()
+    figures["coefficient_fraction_negative"] = (coefficient < 0).float().mean()
+    figures["fraction_saturated"] = (advantage.abs() > limit).float().mean()
+    return {f"adrpo/{tag}": value.item() for tag, value in figures.items()}
 
 
-def block(text: str, tag: str) -> str:
-    """What stands inside the last complete <tag> ... </tag>, without tags; "" where there is none.
-    The last: a model may quote the tags while it thinks. A block that is not closed has not been
-    given."""
-    found = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, re.DOTALL)
-    return re.sub(r"</?(think|answer)>", " ", found[-1]).strip() if found else ""
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(pi || ref) of each token, estimated at the sampled one: exp(d) - d - 1 with
+    d = ref_logp - logp (k3 of Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. d is limited
+    to 20 in the exponential: it would overflow."""
+    difference = ref_logp - logp
+    return difference.clamp(max=20).exp() - difference - 1
 
 
-def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
-    """MMAU's official rule: all words of the answer are in the prediction, and no word that only
-    wrong choices have."""
-    expected, given = set(words(answer)), set(words(prediction))
-    wrong = {
-        word for choice in choices if choice.lower() != answer.lower() for word in words(choice)
-    } - expected
-    return bool(given) and expected <= given and not given & wrong
-
-
-def reward_accuracy(completion: str, row: dict) -> float:
-    """1 if the text inside <answer> is right by MMAU's rule (CESAR: outcome)."""
-    return float(mmau_match(row["answer"], block(completion, "answer"), row["choices"]))
-
-
-def reward_format(completion: str, think: bool) -> float:
-    """1 if the completion is one <think> block (none without thinking), one <answer> block, and
-    nothing else."""
-    inside = r"((?!</?(?:think|answer)>).)+"
-    thinking = rf"<think>{inside}</think>\s*" if think else ""
-    return float(
-        re.fullmatch(rf"\s*{thinking}<answer>{inside}</answer>\s*", completion, re.DOTALL)
-        is not None
-    )
-
-
-def overlap(one: set[str], other: set[str]) -> float:
-    """|one and other| / max(|one|, |other|) (CESAR's Sim), 0 where both are empty."""
-    return len(one & other) / max(len(one), len(other), 1)
-
-
-def reward_consistency(completion: str, row: dict) -> float:
-    """Overlap of the reasoning's concepts with the answer's, plus with the question's and choices'
-    (CESAR): 0 to 2."""
-    reasoning = concepts(block(completion, "think"))
-    question = concepts(" ".join([row["question"], *row["choices"]]))
-    return overlap(reasoning, concepts(block(completion, "answer"))) + overlap(reasoning, question)
-
-
-def reward_keywords(completion: str) -> float:
-    """Patterns + logic + domain terms in the reasoning, each 0 to 1: different entries of its list
-    over FULL_MARKS, at most 1 (CESAR's three parts; lists and cap ours): 0 to 3."""
-    reasoning = set(words(block(completion, "think")))
-    lists = (PATTERN_WORDS, LOGIC_WORDS, DOMAIN_WORDS)
-    return sum(min(1.0, len(reasoning & set(entries)) / FULL_MARKS) for entries in lists)
-
-
-def reward_overthinking(tokens: int, longest: int) -> float:
-    """1 - tokens / longest (CESAR): 0 to 1, more for a shorter completion."""
-    return 1 - tokens / longest
-
-
-def score(
-    completions: list[str], tokens: list[int], rows: list[dict], think: bool, longest: int
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor,
+    advantage: Tensor,
+    coefficient: Tensor,
+    mask: Tensor,
+    clip_eps: float,
 ) -> Tensor:
-    """All rewards of B completions, in the order of REWARDS -> float32 [B,5] on the CPU."""
-    table = [
-        [
-            reward_accuracy(text, row),
-            reward_format(text, think),
-            reward_consistency(text, row),
-            reward_keywords(text),
-            reward_overthinking(count, longest),
-        ]
-        for text, count, row in zip(completions, tokens, rows, strict=True)
-    ]
-    return torch.tensor(table)
+    """Mean over completions of the mean over their tokens of
+    -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL (GRPO, eq. 3; ADRPO, eq. 7). logp,
+    old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
+    ratio = (logp - old_logp).clamp(-20, 20).exp()
+    advantage, coefficient = advantage[:, None], coefficient[:, None]
+    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
+    per_token = policy + coefficient * kl_k3(logp, ref_logp)
+    return ((per_token * mask).sum(1) / mask.sum(1)).mean()
 
 
-# --------------------------------------------------------------------------------------------- data
+def clipped_tokens(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_eps: float) -> Tensor:
+    """Which tokens have no gradient of the policy term, since their ratio is clipped: [B,T], [B,T],
+    advantage [B] -> [B,T]."""
+    ratio, better = (logp - old_logp).exp(), advantage[:, None] > 0
+    clipped = torch.where(better, ratio > 1 + clip_eps, ratio < 1 - clip_eps)
+    return clipped & (advantage[:, None] != 0)
 
 
-def read_questions(flag: str, spec: str) -> list[dict]:
-    """Rows {id, audio, question, choices, answer, ...} of a .jsonl or .json file in our, AVQA's or
-    MMAU's layout.
-
-    Raises InputError for a file that cannot be read, and as check_questions."""
-    try:
-        text = Path(spec).read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if Path(spec).suffix == ".json"
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("must be a list of JSON objects")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--{flag} {spec}: cannot be read ({one_line(error)}); give a .json or .jsonl file"
-        ) from error
-    return check_questions(flag, spec, rows)
+# ----------------------------------------------------------------------------------------- rollout
+def seed_everything(*numbers: int) -> torch.Generator:
+    """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
-def check_questions(flag: str, spec: str, rows: list[dict]) -> list[dict]:
-    """Rows in our, AVQA's or MMAU's layout in ours, in their order. Raises InputError for a row
-    without a key, an answer that is not among the choices, or an id that is there twice."""
-    if not rows:
-        raise InputError(f"--{flag} {spec}: empty")
-    questions, seen = [], set()
-    for number, row in enumerate(rows):
-        if "multi_choice" in row:  # AVQA's own: the answer is a position, the clip a video's sound
-            try:
-                text = row["question_text"].replace("video", "audio")
-                row = row | {
-                    "question": text,
-                    "choices": row["multi_choice"],
-                    "audio": f"{row['video_name']}.wav",
-                }
-                row["answer"] = row["choices"][row["answer"]]
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"--{flag} {spec}: row {number} is not AVQA's ({type(error).__name__} {error})"
-                ) from error
-        row = {"id": number, "audio": row.get("audio_id")} | row
-        row["id"] = str(row["id"])
-        missing = [key for key in ("audio", "question", "choices", "answer") if not row.get(key)]
-        if missing:
-            raise InputError(
-                f"--{flag} {spec}: row {number} has no {missing[0]}; a row is audio, question, "
-                "choices, answer"
-            )
-        texts = (row["audio"], row["question"], *row["choices"])
-        if not isinstance(row["choices"], list) or not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"--{flag} {spec}: row {number}: audio, question and each of the choices must be "
-                "text"
-            )
-        if row["answer"] not in row["choices"]:
-            raise InputError(
-                f"--{flag} {spec}: row {number}: the answer {row['answer']!r} is not among the "
-                "choices"
-            )
-        if row["id"] in seen:
-            raise InputError(f"--{flag} {spec}: the id {row['id']} is there twice")
-        seen.add(row["id"])
-        questions.append(row)
-    return questions
-
-
-class StoredClip(NamedTuple):
-    """A clip inside a dataset. Its bytes stay in the memory-mapped file until they are wanted."""
-
-    cells: Any  # a datasets.Dataset with bytes and path
-    number: int
-
-
-def read_dataset(
-    flag: str, spec: str
-) -> tuple[list[dict], dict[str, StoredClip], dict[str, str | None]]:
-    """Rows of a dataset NAME[@REVISION][:SPLIT] in our or the hub's MMAU layout, their clips by id,
-    and what identifies its version. Raises InputError for one that cannot be loaded or has no
-    audio, and as check_questions."""
-    import datasets  # here, because it is slow to import and files do not need it
-
-    name, _, split = (
-        (spec, "", "") if Path(spec).exists() or ":" not in spec else spec.rpartition(":")
-    )
-    repository, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
-    try:
-        parts = datasets.load_dataset(repository, revision=revision or None)
-    except Exception as error:
-        # The outer one may only say that there was an error.
-        reason = one_line(error.__cause__ or error)
-        remedy = "give a .json or .jsonl file, a hub dataset, or a folder of parquet files"
-        raise InputError(f"--{flag} {spec}: cannot be loaded ({reason}); {remedy}") from error
-    usual = [part for part in parts if len(parts) == 1 or (flag == "eval-data" and "test" in part)]
-    if split not in parts and (split or len(usual) != 1):
-        reason = f"has no split {split}" if split else "has several splits"
-        raise InputError(f"--{flag} {spec}: {reason}; name one, {name}:SPLIT ({', '.join(parts)})")
-    split = split or usual[0]
-    table = parts[split]
-    sounds = [
-        column for column, feature in table.features.items() if isinstance(feature, datasets.Audio)
-    ]
-    if not sounds:
-        reason = f"no column of its split {split} is audio ({', '.join(table.column_names)})"
-        raise InputError(
-            f"--{flag} {spec}: {reason}; give one with the clips in it, or a .json file beside them"
-        )
-    cells = (
-        table.select_columns(sounds[:1])
-        .cast_column(sounds[0], datasets.Audio(decode=False))
-        .flatten()
-    )
-    cells = cells.rename_columns({f"{sounds[0]}.{part}": part for part in ("bytes", "path")})
-    rows = []
-    try:
-        for row, path in zip(table.remove_columns(sounds), cells["path"], strict=True):
-            # The hub's MMAU has `instruction`, all but the answer in one text, and letters before
-            # the choices. The published JSON has none, and MMAU's rule would count the A of
-            # "(A) Man" as a word of the answer.
-            extra = row.pop("other_attributes", None) or {}
-            extra = json.loads(extra) if isinstance(extra, str) else extra
-            row = {"question": row.get("instruction")} | extra | row
-            row = {key: value for key, value in row.items() if value is not None}
-            if all(re.match(LETTER, str(choice)) for choice in row.get("choices") or [""]):
-                row["choices"] = [re.sub(LETTER, "", choice) for choice in row["choices"]]
-                row["answer"] = re.sub(LETTER, "", row.get("answer", ""))
-            if "test" in split and "test" not in str(row.get("split")):
-                row["split"] = split
-            row["audio"] = path or f"{Path(repository).name}:{split}:{len(rows)}"
-            rows.append(json.loads(json.dumps(row, default=str)))  # predictions are written as JSON
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"--{flag} {spec}: row {len(rows)} cannot be read ({one_line(error)})"
-        ) from error
-    rows = check_questions(flag, spec, rows)
-    commit = re.search(
-        r"/([0-9a-f]{40})/", " ".join(file["filename"] for file in table.cache_files)
-    )
-    version = {"split": split, "fingerprint": table._fingerprint, "revision": commit and commit[1]}
-    return rows, {row["id"]: StoredClip(cells, number) for number, row in enumerate(rows)}, version
-
-
-def opened(clip: Path | StoredClip) -> Path | io.BytesIO:
-    """What soundfile reads a clip from."""
-    if not isinstance(clip, StoredClip):
-        return clip
-    cell = clip.cells[clip.number]
-    return Path(cell["path"] or "") if cell["bytes"] is None else io.BytesIO(cell["bytes"])
-
-
-def clip_problem(clip: Path | StoredClip) -> str | None:
-    """Why a clip cannot be used; None if its header, length and end are right."""
-    try:
-        with soundfile.SoundFile(opened(clip)) as file:
-            if file.frames < 0.1 * file.samplerate:
-                return f"{file.frames} samples: shorter than 0.1 s"
-            declared = re.search(r"^data : (\d+) \(should be \d+\)", file.extra_info, re.MULTILINE)
-            file.seek(file.frames - 1)
-            cut = declared and int(declared[1]) < 2**31 - 2**16  # above: a stream of unknown length
-            if len(file.read(1)) != 1 or cut:
-                return "truncated"
-    except (OSError, RuntimeError) as error:
-        return one_line(error)
-    return None
-
-
-def load_audio(clip: Path | StoredClip, seconds: float) -> np.ndarray:
-    """The first `seconds` of a clip: mono, 16 kHz, float32 [N]."""
-    with soundfile.SoundFile(opened(clip)) as file:
-        wave = file.read(int(seconds * file.samplerate) + 1, dtype="float32", always_2d=True).mean(
-            axis=1
-        )
-        if file.samplerate != SAMPLE_RATE:
-            wave = soxr.resample(wave, file.samplerate, SAMPLE_RATE)
-    return wave[: int(seconds * SAMPLE_RATE)]
-
-
-class Question(NamedTuple):
-    """A row of the data and its clip."""
-
-    row: dict
-    clip: Path | StoredClip
-
-
-def find_clips(
-    flag: str, spec: str, folder: str | None, rows: list[dict], stored: dict[str, StoredClip]
-) -> tuple[list[Question], dict[str, str]]:
-    """The questions whose clips can be used, and why the others' cannot, by file, or by id where
-    the clips are stored in a dataset. Raises InputError if none can."""
-    root = Path(folder) if folder else Path(spec).parent
-    problems, questions = {}, []
-    for row in rows:
-        if stored:
-            name, clip = f"{spec}: {row['id']}", stored[row["id"]]
-            problem = clip_problem(clip)
-        else:
-            clip = next(
-                (p for p in (root / row["audio"], root / Path(row["audio"]).name) if p.is_file()),
-                root / row["audio"],
-            )
-            name, problem = str(clip), clip_problem(clip) if clip.is_file() else "not found"
-        if problem:
-            problems[name] = problem
-        else:
-            questions.append(Question(row, clip))
-    if not questions:
-        name, problem = next(iter(problems.items()))
-        raise InputError(
-            f"--{flag} {spec}: none of its {len(problems)} clips can be used ({name}: {problem})"
-        )
-    return questions, problems
-
-
-def load_questions(
-    args: Args,
-) -> tuple[list[Question], list[Question], list[dict], dict[str, str], dict, str]:
-    """Training and evaluation questions, all evaluation rows (with those whose clips cannot be
-    used), the clips that were skipped and why, what identifies the version of --eval-data (MMAU has
-    several), and a sentence on all that. Raises InputError, also for training on an evaluation
-    split."""
-    sources = {
-        "train-data": (args.train_data, args.audio_dir),
-        "eval-data": (args.eval_data, args.eval_audio_dir),
-    }
-    rows, stored, version = {}, {}, {}
-    for flag, (spec, _) in sources.items():
-        rows[flag], stored[flag], version[flag] = [], {}, {}
-        if spec and (Path(spec).is_file() or Path(spec).suffix in (".json", ".jsonl")):
-            rows[flag] = read_questions(flag, spec)
-            version[flag] = {"sha256": hashlib.sha256(Path(spec).read_bytes()).hexdigest()}
-        elif spec:
-            rows[flag], stored[flag], version[flag] = read_dataset(flag, spec)
-    if not args.eval_only and not args.train_on_eval:
-        tests = sum("test" in str(row.get("split", "")) for row in rows["train-data"])
-        asked = {(Path(row["audio"]).name, row["question"]) for row in rows["eval-data"]}
-        common = sum(
-            (Path(row["audio"]).name, row["question"]) in asked for row in rows["train-data"]
-        )
-        if tests or common:
-            what = (
-                f"{tests} rows of a test split"
-                if tests
-                else f"{common} questions that are in --eval-data too"
-            )
-            raise InputError(
-                f"--train-data {args.train_data}: has {what}; if that is meant, add --train-on-eval"
-            )
-    if not args.eval_data:
-        rows["eval-data"] = rows["train-data"][::10]
-        rows["train-data"] = [row for i, row in enumerate(rows["train-data"]) if i % 10]
-        sources["eval-data"], stored["eval-data"] = sources["train-data"], stored["train-data"]
-    rows["eval-data"] = rows["eval-data"][: args.eval_max]
-    unknown = [row["task"] for row in rows["eval-data"] if row.get("task", TASKS[0]) not in TASKS]
-    if unknown:
-        source = (
-            f"--eval-data {args.eval_data}" if args.eval_data else f"--train-data {args.train_data}"
-        )
-        raise InputError(f"{source}: the task {unknown[0]!r} is none of {', '.join(TASKS)}")
-    found, skipped = {}, {}
-    for flag, (spec, folder) in sources.items():
-        found[flag], problems = (
-            find_clips(flag, spec, folder, rows[flag], stored[flag]) if rows[flag] else ([], {})
-        )
-        skipped |= problems
-    if not args.eval_only and not found["train-data"]:
-        raise InputError(
-            f"--train-data {args.train_data}: one question cannot be split; give --eval-data"
-        )
-    note = (
-        f"{len(found['train-data'])} training questions, {len(found['eval-data'])} for evaluation"
-    )
-    note += "" if args.eval_data else " (every tenth)"
-    note += f"; {len(skipped)} clips cannot be used: skipped.json" if skipped else ""
-    version = {f"eval_data_{name}": value for name, value in version["eval-data"].items()}
-    return found["train-data"], found["eval-data"], rows["eval-data"], skipped, version, note
-
-
-def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget: int) -> str:
-    """The text of a question for the model, with one place for the clip; the same in training and
-    evaluation."""
-    text = f"{row['question']} Choose one of the following options: {', '.join(row['choices'])}.\n"
-    if think_budget:
-        text += f"Think first, in fewer than {think_budget} words, inside <think> </think>. "
-    text += "Give the option you choose inside <answer> </answer>."
-    content = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": text}]
-    options = {"add_generation_prompt": True, "tokenize": False}
-    return processor.apply_chat_template([{"role": "user", "content": content}], **options)
-
-
-def draw_prompts(count: int, per_update: int, iteration: int, seed: int) -> list[int]:
-    """Rows of the `per_update` prompts of an iteration: one pass after the other over all `count`,
-    shuffled anew."""
-    rows = []
-    for position in range(iteration * per_update, (iteration + 1) * per_update):
-        shuffled = np.random.default_rng([seed, position // count]).permutation(count)
-        rows.append(int(shuffled[position % count]))
-    return rows
-
-
-# ------------------------------------------------------------------------------- shared-prompt rows
+def draw_prompts(prompts: list, per_update: int, iterations: int, seed: int) -> list[list]:
+    """The prompts of each iteration: one pass after the other over all, each shuffled anew."""
+    drawn = []
+    while len(drawn) < per_update * iterations:
+        order = np.random.default_rng([seed, len(drawn) // len(prompts)]).permutation(len(prompts))
+        drawn += [prompts[row] for row in order]
+    return [drawn[i * per_update : (i + 1) * per_update] for i in range(iterations)]
 
 
 @dataclasses.dataclass
@@ -826,12 +500,14 @@ def token_log_probabilities(
     return logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser, entropy
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The model of transformers, without PEFT's wrapping (the LoRA stays in)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def language_model(model: nn.Module) -> nn.Module:
-    """The decoder of Qwen2-Audio or of Qwen2.5-Omni's thinker, without head and PEFT's wrapping
-    (the LoRA stays in)."""
-    return (
-        model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    ).model.language_model
+    """The decoder of Qwen2-Audio or of Qwen2.5-Omni's thinker, without head."""
+    return base_model(model).model.language_model
 
 
 class Policy(nn.Module):
@@ -886,7 +562,7 @@ class Policy(nn.Module):
         """What stock transformers feeds the language model for the processor's output, [B,L,D]: the
         identity stands in for the language model. (An exception would leave FSDP half-way, with
         weights gathered.)"""
-        base = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+        base = base_model(self.model)
         decoder = language_model(self.model)
         decoder.forward = lambda inputs_embeds, **_: BaseModelOutputWithPast(
             last_hidden_state=inputs_embeds
@@ -913,72 +589,6 @@ def completion_log_probabilities(
     return logp.view(completions.shape), entropy.view(completions.shape)
 
 
-# ------------------------------------------------------------------------------ model and reference
-
-
-def load_model(args: Args, dtype: torch.dtype) -> tuple[nn.Module, transformers.ProcessorMixin]:
-    """Qwen2-Audio or Qwen2.5-Omni's thinker and its processor, its language model reading
-    shared-prompt rows; trained weights in float32, the others in `dtype`. Raises InputError."""
-    kinds = {
-        "qwen2_audio": Qwen2AudioForConditionalGeneration,
-        "qwen2_5_omni": Qwen2_5OmniThinkerForConditionalGeneration,
-        "qwen2_5_omni_thinker": Qwen2_5OmniThinkerForConditionalGeneration,
-    }
-    try:
-        kind = AutoConfig.from_pretrained(args.model_id).model_type
-        if kind not in kinds:
-            raise InputError(
-                f"--model-id {args.model_id}: is a {kind}; must be Qwen2.5-Omni or Qwen2-Audio"
-            )
-        model = kinds[kind].from_pretrained(args.model_id, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(args.model_id)
-    except InputError:
-        raise
-    except Exception as error:
-        remedy = (
-            "give a folder with model and processor, or log in with `hf auth login` if it is gated"
-        )
-        raise InputError(
-            f"--model-id {args.model_id}: cannot be loaded ({one_line(error)}); {remedy}"
-        ) from error
-    if args.adapter:
-        try:
-            model = peft.PeftModel.from_pretrained(model, args.adapter)
-        except Exception as error:
-            raise InputError(
-                f"--adapter {args.adapter}: cannot be loaded ({one_line(error)})"
-            ) from error
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # rollout, old policy and reference must be the same function
-    if not args.eval_only and args.lora_rank:
-        targets = (
-            r".*language_model\.layers\.\d+\..*\."
-            r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-        )
-        model = get_peft_model(
-            model, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets)
-        )
-    elif not args.eval_only:
-        parts = [language_model(model).layers, language_model(model).norm]
-        if model.get_output_embeddings().weight is not language_model(model).embed_tokens.weight:
-            parts.append(model.get_output_embeddings())
-        for part in parts:
-            part.float().requires_grad_(True)
-    if args.gradient_checkpointing:
-        language_model(model).gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-        model.enable_input_require_grads()  # else a LoRA behind frozen embeddings gets no gradient
-    language_model(model).set_attn_implementation("shared_prompt")
-    model.train()
-    (
-        model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    ).model.audio_tower.eval()
-    return model, processor  # checkpointing works in training mode only; there is no dropout left
-
-
 @torch.no_grad()
 def embed_question(
     policy: nn.Module,
@@ -1002,14 +612,10 @@ def embed_question(
         with torch.autocast("cpu", enabled=False):
             inputs = processor(text=text, audio=[wave], **options).to(device)
     except ValueError as error:
-        raise InputError(
-            f"--model-id: its processor returns no audio features ({one_line(error)})"
-        ) from error
+        raise InputError(f"--model-id: its processor gives no audio features ({error})") from error
     token = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
     if "input_features" not in inputs or not (inputs["input_ids"] == token).any():
-        raise InputError(
-            "--model-id: its processor returns no audio features; the model would hear nothing"
-        )
+        raise InputError("--model-id: its processor gives no audio features: nothing is heard")
     return policy(audio_inputs=dict(inputs))[0]
 
 
@@ -1022,25 +628,6 @@ def reference_policy(policy: Policy, frozen: nn.Module | None) -> Iterator[nn.Mo
         torch.no_grad(),
     ):
         yield policy if frozen is None else frozen
-
-
-def special_tokens(
-    model: nn.Module, processor: transformers.ProcessorMixin
-) -> tuple[list[int], list[int]]:
-    """Ids that end a completion (generation config's and tokenizer's), and ids that stand for
-    audio, images, video."""
-    tokenizer, ends = processor.tokenizer, getattr(model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    stop = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
-    names = ("audio", "image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
-    tokens = [getattr(processor, f"{name}_token", None) for name in names]
-    ids = {
-        tokenizer.convert_tokens_to_ids(token) for token in tokens if token in tokenizer.get_vocab()
-    }
-    return stop, sorted(ids - set(stop))
-
-
-# ------------------------------------------------------------------------------------------ rollout
 
 
 def choose_tokens(probabilities: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -1137,62 +724,6 @@ def rollout(
     return tokens[..., :size], mask, logp[..., :size]
 
 
-def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (a plug-in may draw from one) and return a CPU generator, all
-    from `numbers`. Each iteration has a stream of its own, the same in every process, so a resumed
-    run needs no stored random state."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-# --------------------------------------------------------------------------------------------- loss
-
-
-def group_advantage(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO): rewards [P,G] -> [P,G],
-    detached."""
-    mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
-    return ((rewards - mean) / (std + eps)).detach()
-
-
-def adaptive_beta(advantage: Tensor, beta0: float, clip_k: float | None = 1.0) -> Tensor:
-    """ADRPO's KL coefficient beta0 - clip(A, +-k beta0) (eq. 7): advantage [B] -> [B], detached;
-    clip_k None: no clip. With k <= 1 it is never negative."""
-    if clip_k is not None:
-        advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
-    return (beta0 - advantage).detach()
-
-
-def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(pi || ref) of each token, estimated at the sampled one: exp(d) - d - 1 with
-    d = ref_logp - logp (k3 of Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. d is limited
-    to 20 in the exponential: it would overflow."""
-    difference = ref_logp - logp
-    return difference.clamp(max=20).exp() - difference - 1
-
-
-def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor,
-    advantage: Tensor,
-    coefficient: Tensor,
-    mask: Tensor,
-    clip_eps: float,
-) -> Tensor:
-    """Mean over completions of the mean over their tokens of
-    -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL (GRPO, eq. 3; ADRPO, eq. 7). logp,
-    old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
-    ratio = (logp - old_logp).clamp(-20, 20).exp()
-    advantage, coefficient = advantage[:, None], coefficient[:, None]
-    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
-    per_token = policy + coefficient * kl_k3(logp, ref_logp)
-    return ((per_token * mask).sum(1) / mask.sum(1)).mean()
-
-
 def micro_batches(
     rows: int, group: int, prompt: int, completion: int, budget: int
 ) -> list[tuple[slice, slice]]:
@@ -1208,9 +739,72 @@ def micro_batches(
     ]
 
 
-# ----------------------------------------------------------------------------------------- evaluate
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; else the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+class Listener(NamedTuple):
+    """The policy, and what it needs to hear a question and to answer it."""
+
+    policy: nn.Module
+    processor: transformers.ProcessorMixin
+    stop: list[int]  # tokens that end a completion
+    seconds: float  # of a clip that it hears
+    accelerator: accelerate.Accelerator
+
+
+def everyone_done(accelerator: accelerate.Accelerator, done: bool) -> bool:
+    """Under FSDP every process must take part in every forward pass."""
+    if accelerator.distributed_type != accelerate.DistributedType.FSDP:
+        return done
+    finished = torch.tensor(float(done), device=accelerator.device)
+    return bool(accelerator.reduce(finished, "mean") == 1)
+
+
+def embed(listener: Listener, questions: list["Question"], think_budget: int) -> list[Tensor]:
+    """Each question with its clip, once: what the language model reads, [L,D]."""
+    policy, processor, accelerator = listener.policy, listener.processor, listener.accelerator
+    texts = [build_prompt(processor, question.row, think_budget) for question in questions]
+    waves = [load_audio(question.clip, listener.seconds) for question in questions]
+    with accelerator.autocast():
+        return [
+            embed_question(policy, processor, text, wave, accelerator.device)
+            for text, wave in zip(texts, waves, strict=True)
+        ]
+
+
+def draw(
+    listener: Listener, prompts: list[Tensor], uniforms: Tensor, temperature: float, at_once: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Completions of some prompts, `at_once` prompts at once, from uniforms [B,G,T]: ids, mask and
+    log-probabilities [B,G,C]."""
+    done = partial(everyone_done, listener.accelerator)
+    parts = []
+    # Around the whole rollout: weights are converted to bf16 once, not at every token.
+    with listener.accelerator.autocast():
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            numbers = uniforms[part].to(listener.accelerator.device)
+            options = {"stop": listener.stop, "temperature": temperature, "everyone_done": done}
+            parts.append(rollout(listener.policy, prompts[part], numbers, **options))
+    longest = max(tokens.shape[2] for tokens, _, _ in parts)
+    padded = [[F.pad(one, (0, longest - one.shape[2])) for one in part] for part in parts]
+    tokens, mask, logp = (torch.cat(column) for column in zip(*padded, strict=True))
+    return tokens, mask, logp
+
+
+def read_out(
+    processor: transformers.ProcessorMixin, tokens: Tensor, mask: Tensor
+) -> tuple[list[str], list[int]]:
+    """Completions [B,G,C] one after the other: texts, and lengths in tokens, each B*G long."""
+    pairs = zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)
+    ids = [one[kept].tolist() for one, kept in pairs]
+    texts = [processor.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+    return texts, [len(one) for one in ids]
+
+
+# -------------------------------------------------------------------------------------- evaluation
 def my_share(count: int, rank: int, processes: int) -> list[int]:
     """Positions 0..count-1 that this process works on; all processes get equally many, the last
     ones some again, so that the gathered parts, cut to `count`, are in order."""
@@ -1218,112 +812,89 @@ def my_share(count: int, rank: int, processes: int) -> list[int]:
     return [position % count for position in range(rank * size, (rank + 1) * size)]
 
 
-def flatten(
-    tokens: Tensor, mask: Tensor, decode: Callable
-) -> tuple[list[str], list[int], list[list[int]]]:
-    """Completions [B,G,C] one after the other: texts, lengths in tokens, token ids, each B*G
-    long."""
-    ids = [
-        one[kept].tolist()
-        for one, kept in zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)
-    ]
-    return [decode(one) for one in ids], [len(one) for one in ids], ids
-
-
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927); nan for none."""
-    if not count:
-        return math.nan, math.nan
+    """Wilson's 95 % interval of a share (Wilson 1927); rounding keeps it around the share."""
     share, spread = right / count, z**2 / count
-    middle, half = (
-        share + spread / 2,
-        z * math.sqrt(share * (1 - share) / count + spread / (4 * count)),
-    )
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    middle = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return min(max(low, 0.0), share), max(min(high, 1.0), share)
 
 
 def mmau_scores(rows: list[dict], predictions: dict[str, str]) -> dict[str, dict[str, dict]]:
     """Accuracy in percent with its interval, by MMAU's rule: total, per task, difficulty and
     sub-category. rows: all that were asked for; a row whose id has no prediction is wrong."""
-    right = {
-        row["id"]: mmau_match(row["answer"], predictions.get(row["id"], ""), row["choices"])
-        for row in rows
-    }
-    scores = {}
-    for key in ("total", "task", "difficulty", "sub-category"):
-        groups = {}
-        for row in rows:
-            groups.setdefault("total" if key == "total" else row.get(key), []).append(
-                right[row["id"]]
-            )
-        scores[key] = {}
-        for name, found in groups.items():
-            low, high = wilson(sum(found), len(found))
-            figures = {
-                "accuracy": 100 * sum(found) / len(found),
-                "low": 100 * low,
-                "high": 100 * high,
-            }
+    groups = {key: defaultdict(list) for key in ("total", "task", "difficulty", "sub-category")}
+    for row in rows:
+        right = mmau_match(row["answer"], predictions.get(row["id"], ""), row["choices"])
+        for key, found in groups.items():
+            name = "total" if key == "total" else row.get(key)
             if name is not None:
-                scores[key][name] = figures | {"right": sum(found), "count": len(found)}
+                found[str(name)].append(right)
+    scores = {key: {} for key in groups}
+    for key, found in groups.items():
+        for name, rights in found.items():
+            right, count = sum(rights), len(rights)
+            low, high = wilson(right, count)
+            figures = {"accuracy": 100 * right / count, "low": 100 * low, "high": 100 * high}
+            scores[key][name] = figures | {"right": right, "count": count}
     return scores
+
+
+def answer(
+    listener: Listener, questions: list["Question"], args: Args
+) -> tuple[list[str], list[int]]:
+    """The policy's answers to some questions, and their lengths in tokens. A question has its own
+    random numbers, whatever stands beside it."""
+    uniforms = []
+    for question in questions:
+        number = int(hashlib.sha1(question.row["id"].encode()).hexdigest()[:8], 16)
+        generator = seed_everything(args.seed, 0, number)
+        uniforms.append(torch.rand(1, args.max_completion_length, generator=generator))
+    prompts = embed(listener, questions, args.think_budget)
+    drawn = draw(listener, prompts, torch.stack(uniforms), args.eval_temperature, len(prompts))
+    return read_out(listener.processor, *drawn[:2])
 
 
 @torch.no_grad()
 def evaluate(
-    answer: Callable[[list[Question], int], tuple[list[str], list[int]]],
-    questions: list[Question],
-    rows: list[dict],
-    think_budget: int,
-    longest: int,
-    reasoning_tokens: Callable[[str], int],
-    accelerator: accelerate.Accelerator,
-    batch: int,
+    listener: Listener, data: "Data", plugins: dict[str, Callable], args: Args
 ) -> tuple[dict[str, float], dict, list[dict]]:
-    """Every figure of a policy on the evaluation questions; MMAU's scores; the rows with the
-    model's words.
-
-    `answer` gives texts and token counts for some questions under a think budget; `rows` are all
-    that were asked for, with those whose clips cannot be used; `batch` questions at once."""
-    mine = my_share(len(questions), accelerator.process_index, accelerator.num_processes)
+    """Every eval/* figure of the policy; MMAU's scores; all rows that were asked for, those whose
+    clips cannot be used too, with the model's words."""
+    accelerator, tokenizer = listener.accelerator, listener.processor.tokenizer
+    names = (*REWARDS, *plugins)
+    mine = my_share(len(data.heldout), accelerator.process_index, accelerator.num_processes)
     records = []
-    for start in tqdm(
-        range(0, len(mine), batch), "evaluate", leave=False, disable=not accelerator.is_main_process
-    ):
-        part = [questions[i] for i in mine[start : start + batch]]
-        texts, tokens = answer(part, think_budget)
-        values = score(
-            texts, tokens, [question.row for question in part], think_budget > 0, longest
-        ).tolist()
-        for question, text, count, rewards in zip(part, texts, tokens, values, strict=True):
-            record = {"id": question.row["id"], "completion": text, "tokens": count}
-            record["reasoning_tokens"] = reasoning_tokens(block(text, "think"))
-            records.append(record | dict(zip(REWARDS, rewards, strict=True)))
-    records = gather_object(records)[: len(questions)]
-    found = {record["id"]: record for record in records}
-    answers = {name: block(record["completion"], "answer") for name, record in found.items()}
-    scores = mmau_scores(rows, answers)
+    starts = range(0, len(mine), args.eval_batch)
+    for start in tqdm(starts, "evaluate", leave=False, disable=not accelerator.is_main_process):
+        questions = [data.heldout[i] for i in mine[start : start + args.eval_batch]]
+        texts, counts = answer(listener, questions, args)
+        rows = [question.row for question in questions]
+        values = score(texts, counts, rows, args.think_budget, args.max_completion_length, plugins)
+        for i, row in enumerate(rows):
+            thought = tokenizer(block(texts[i], "think"), add_special_tokens=False).input_ids
+            record = {"id": row["id"], "completion": texts[i], "tokens": counts[i]}
+            record |= dict(zip(names, values[i].tolist(), strict=True))
+            records.append(record | {"reasoning_tokens": len(thought)})
+    records = gather_object(records)[: len(data.heldout)]
+    words_of = {record["id"]: record["completion"] for record in records}
+    answers = {name: block(text, "answer") for name, text in words_of.items()}
+    scores = mmau_scores(data.asked, answers)
+    untagged = {name: answer_or_all(text) for name, text in words_of.items()}
     figures = {"accuracy": scores["total"]["total"]["accuracy"]}
-    figures |= {
-        f"accuracy_{task}": scores["task"][task]["accuracy"]
-        for task in TASKS
-        if task in scores["task"]
-    }
-    for name in (*REWARDS[1:], "tokens", "reasoning_tokens"):
+    figures["accuracy_untagged"] = mmau_scores(data.asked, untagged)["total"]["total"]["accuracy"]
+    for task in TASKS:
+        if task in scores["task"]:
+            figures[f"accuracy_{task}"] = scores["task"][task]["accuracy"]
+    for name in (*names[1:], "tokens", "reasoning_tokens"):
         figures[name] = sum(record[name] for record in records) / len(records)
     # The official script reads `model_output`, its README says `model_prediction`; a row without
     # would not be counted.
-    said = [
-        {
-            "model_output": answers.get(row["id"], ""),
-            "completion": found.get(row["id"], {}).get("completion"),
-        }
-        for row in rows
-    ]
-    said = [
-        row | text | {"model_prediction": text["model_output"]}
-        for row, text in zip(rows, said, strict=True)
-    ]
+    said = []
+    for row in data.asked:
+        given, text = answers.get(row["id"], ""), words_of.get(row["id"])
+        said.append(row | {"model_output": given, "model_prediction": given, "completion": text})
     return figures, scores, said
 
 
@@ -1333,165 +904,677 @@ def score_table(scores: dict) -> str:
     for key, groups in scores.items():
         for name, s in sorted(groups.items()):
             label = name if key == "total" else f"{key}: {name}"
-            lines.append(
-                f"| {label} | {s['accuracy']:.2f} | {s['low']:.1f} to {s['high']:.1f} | "
-                f"{s['right']} | {s['count']} |"
-            )
+            interval = f"{s['low']:.1f} to {s['high']:.1f}"
+            cells = (label, f"{s['accuracy']:.2f}", interval, s["right"], s["count"])
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
-def scaling(points: list[dict]) -> dict[str, float]:
-    """Test-time scaling of points {budget, tokens, accuracy}: slopes in points of accuracy per
-    reasoning token, with the intercept pinned at the direct answer's accuracy (CESAR's fit) and by
-    ordinary least squares; the sweet spot."""
-    x, y = (
-        np.array([point[name] for point in points], dtype=float) for name in ("tokens", "accuracy")
+# ----------------------------------------------------------------------------------------- rewards
+def words(text: str) -> list[str]:
+    """Lower-case words: runs of letters, digits and underscores, as MMAU's official rule splits."""
+    return re.findall(r"\b\w+\b", text.lower())
+
+
+def concepts(text: str) -> set[str]:
+    """Its different words without STOP_WORDS."""
+    return set(words(text)) - STOP_WORDS
+
+
+def block(text: str, tag: str) -> str:
+    """What stands inside the last complete <tag> ... </tag>, without tags; "" where there is none.
+    The last: a model may quote the tags while it thinks. A block that is not closed has not been
+    given."""
+    found = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, re.DOTALL)
+    return re.sub(r"</?(think|answer)>", " ", found[-1]).strip() if found else ""
+
+
+def answer_or_all(text: str) -> str:
+    """What stands inside the last <answer> block; the whole text where there is none, as Ke-Omni-R
+    and R1-AQA score."""
+    given = -1 < text.find("<answer>") < text.rfind("</answer>")
+    return block(text, "answer") if given else text
+
+
+def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
+    """MMAU's official rule: all words of the answer are in the prediction, and no word that only
+    wrong choices have."""
+    expected, given = set(words(answer)), set(words(prediction))
+    wrong = {
+        word for choice in choices if choice.lower() != answer.lower() for word in words(choice)
+    } - expected
+    return bool(given) and expected <= given and not given & wrong
+
+
+def reward_accuracy(completion: str, row: dict) -> float:
+    """1 if the text inside <answer> is right by MMAU's rule (CESAR: outcome)."""
+    return float(mmau_match(row["answer"], block(completion, "answer"), row["choices"]))
+
+
+def reward_format(completion: str, think: bool) -> float:
+    """1 if the completion is one <think> block (none without thinking), one <answer> block, and
+    nothing else."""
+    inside = r"((?!</?(?:think|answer)>).)+"
+    thinking = rf"<think>{inside}</think>\s*" if think else ""
+    return float(
+        re.fullmatch(rf"\s*{thinking}<answer>{inside}</answer>\s*", completion, re.DOTALL)
+        is not None
     )
-    best = points[int(y.argmax())]
-    result = {
-        "sweet_spot_tokens": best["tokens"],
-        "sweet_spot_accuracy": best["accuracy"],
-        "slope_pinned": math.nan,
-    }
-    direct = [point["accuracy"] for point in points if point["budget"] == 0]
-    if direct and (x**2).sum() > 0:
-        result["slope_pinned"] = float((x * (y - direct[0])).sum() / (x**2).sum())
-    result["slope"] = float(np.polyfit(x, y, 1)[0]) if np.ptp(x) > 0 else math.nan
-    return result
 
 
-def draw_scaling(points: list[dict], fit: dict, path: Path) -> None:
-    """Accuracy with its interval against the mean number of reasoning tokens used, budgets as
-    labels."""
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    x, y = [point["tokens"] for point in points], [point["accuracy"] for point in points]
-    errors = [
-        [p["accuracy"] - p["low"] for p in points],
-        [p["high"] - p["accuracy"] for p in points],
+def overlap(one: set[str], other: set[str]) -> float:
+    """|one and other| / max(|one|, |other|) (CESAR's Sim), 0 where both are empty."""
+    return len(one & other) / max(len(one), len(other), 1)
+
+
+def reward_consistency(completion: str, row: dict) -> float:
+    """Overlap of the reasoning's concepts with the answer's, plus with the question's and choices'
+    (CESAR): 0 to 2."""
+    reasoning = concepts(block(completion, "think"))
+    question = concepts(" ".join([row["question"], *row["choices"]]))
+    return overlap(reasoning, concepts(block(completion, "answer"))) + overlap(reasoning, question)
+
+
+def reward_keywords(completion: str) -> float:
+    """Patterns + logic + domain terms in the reasoning, each 0 to 1: different entries of its list
+    over FULL_MARKS, at most 1 (CESAR's three parts; lists and cap ours): 0 to 3."""
+    reasoning = set(words(block(completion, "think")))
+    lists = (PATTERN_WORDS, LOGIC_WORDS, DOMAIN_WORDS)
+    return sum(min(1.0, len(reasoning & set(entries)) / FULL_MARKS) for entries in lists)
+
+
+def reward_overthinking(tokens: int, longest: int) -> float:
+    """1 - tokens / longest (CESAR): 0 to 1, more for a shorter completion."""
+    return 1 - tokens / longest
+
+
+def score(
+    completions: list[str],
+    tokens: list[int],
+    rows: list[dict],
+    think_budget: int,
+    longest: int,
+    plugins: dict[str, Callable] | None = None,
+) -> Tensor:
+    """All rewards of B completions of so many tokens, REWARDS and then the plug-ins -> float32
+    [B,R] on the CPU. Raises InputError where a plug-in's are not B finite numbers."""
+    pairs = list(zip(completions, rows, strict=True))
+    columns = [
+        [reward_accuracy(text, row) for text, row in pairs],
+        [reward_format(text, think_budget > 0) for text in completions],
+        [reward_consistency(text, row) for text, row in pairs],
+        [reward_keywords(text) for text in completions],
+        [reward_overthinking(count, longest) for count in tokens],
     ]
-    axis.errorbar(x, y, errors, fmt="o", capsize=3)
-    for point in points:
-        axis.annotate(f" {point['budget']}", (point["tokens"], point["accuracy"]), fontsize=8)
-    axis.plot(
-        fit["sweet_spot_tokens"],
-        fit["sweet_spot_accuracy"],
-        "*",
-        ms=14,
-        color="tab:red",
-        label="sweet spot",
-    )
-    slopes = f"slope {fit['slope']:.3f}, pinned at the direct answer {fit['slope_pinned']:.3f}"
-    axis.set(
-        xlabel="reasoning tokens used (labels: words allowed)", ylabel="accuracy, %", title=slopes
-    )
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    columns = [torch.tensor(column) for column in columns]
+    for name, function in (plugins or {}).items():
+        prompts = [question_text(row, think_budget) for row in rows]
+        values = function(prompts, list(completions), [dict(row) for row in rows])
+        rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
+        if rewards.shape != (len(completions),) or not rewards.isfinite().all():
+            bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
+            raise InputError(f"--reward {name}: must give {len(rows)} finite floats ({bad})")
+        columns.append(rewards)
+    return torch.stack(columns, dim=1)
 
 
-def coefficient_statistics(
-    coefficient: Tensor, advantage: Tensor, limit: float
-) -> dict[str, float]:
-    """The adrpo/* figures of one rollout. fraction_saturated: share of completions whose A is cut
-    to +-limit."""
-    return {
-        "adrpo/coefficient_mean": coefficient.mean().item(),
-        "adrpo/coefficient_min": coefficient.min().item(),
-        "adrpo/coefficient_max": coefficient.max().item(),
-        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
-        "adrpo/fraction_saturated": (advantage.abs() > limit).float().mean().item(),
+def load_plugins(flag: str, specs: tuple[str, ...], taken: set[str]) -> dict[str, Callable]:
+    """The function of each FILE.py:function by its tag. Raises InputError for what is none, and for
+    a tag of `taken`, to which the tags are added."""
+    functions = {}
+    for spec in specs:
+        path, _, name = spec.rpartition(":")
+        if name in taken:
+            raise InputError(f"{flag} {spec}: the tag {name} is taken; rename the function")
+        if not (path.endswith(".py") and Path(path).is_file()):
+            raise InputError(f"{flag} {spec}: give FILE.py:function")
+        taken.add(name)
+        module_name = f"reward_plugin_{Path(path).stem}"
+        module_spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_name] = module  # where dataclasses and pickle look it up
+        module_spec.loader.exec_module(module)
+        functions[name] = getattr(module, name)
+    return functions
+
+
+# -------------------------------------------------------------------------------------------- data
+@dataclasses.dataclass(frozen=True)
+class StoredClip:
+    """A clip inside a data set. Its bytes stay in the memory-mapped file until they are wanted."""
+
+    name: str
+    cells: Any  # a datasets.Dataset with the columns bytes and path
+    number: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Question(NamedTuple):
+    """A row of the data and its clip."""
+
+    row: dict  # id, audio, question, choices, answer, and what else its source has
+    clip: Path | StoredClip
+
+
+@dataclasses.dataclass
+class Report:
+    """What reading the data found out, beside the questions."""
+
+    sources: dict = dataclasses.field(default_factory=dict)  # by flag, with the commit
+    skipped: list = dataclasses.field(default_factory=list)  # rows and clips without use, and why
+    longer: int = 0  # clips that are cut to what the model hears
+    cancelling: int = 0  # clips whose channels cancel in their mean
+
+
+class Data(NamedTuple):
+    """The questions of a run."""
+
+    train: list[Question]
+    heldout: list[Question]
+    asked: list[dict]  # the rows of heldout, with those whose clips cannot be used
+    report: Report
+
+
+def read_table(spec: str, split: str | None, test: bool) -> tuple[list[dict], str]:
+    """The rows of a .parquet file, a folder or NAME[:CONFIGURATION][@REVISION], their clips under
+    `audio`, and the source with its commit. test: a test split is what is wanted."""
+    import datasets  # here, because it is slow to import and other files do not need it
+
+    local = Path(spec).exists()
+    if Path(spec).suffix == ".parquet":
+        parts = {"": datasets.Dataset.from_parquet(spec)}
+    else:
+        name, _, revision = (spec, "", "") if local else spec.partition("@")
+        name, _, configuration = (name, "", "") if local else name.partition(":")
+        parts = datasets.load_dataset(name, configuration or None, revision=revision or None)
+    usual = [part for part in parts if len(parts) == 1 or (test and "test" in part)]
+    split = usual[0] if split is None and len(usual) == 1 else split
+    if split not in parts:
+        raise ValueError(f"its splits are {', '.join(parts)}: name one of them, not {split}")
+    table = parts[split]
+    sounds = []
+    for column, feature in table.features.items():
+        stored = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+        sounds += [column] if stored or isinstance(feature, datasets.Audio) else []
+    rows = [dict(row) for row in table.remove_columns(sounds)]
+    if sounds:
+        cells = table.select_columns(sounds[:1])
+        cells = cells.cast_column(sounds[0], datasets.Audio(decode=False)).flatten()
+        cells = cells.rename_columns({f"{sounds[0]}.{end}": end for end in ("bytes", "path")})
+        for number, path in enumerate(cells["path"]):
+            clip_name = path or f"{Path(spec).name}:{split}:{number}"
+            rows[number]["audio"] = StoredClip(clip_name, cells, number)
+    for row in rows:
+        if "test" in split and "test" not in str(row.get("split")):
+            row["split"] = split
+    if local or not table.cache_files:
+        return rows, spec
+    # The folder of its cache that the library has read is named after the commit.
+    commit = Path(table.cache_files[0]["filename"]).parent.name
+    return rows, f"{spec.partition('@')[0]}@{commit}"
+
+
+def read_rows(spec: str, split: str | None, test: bool) -> tuple[list[dict], str]:
+    """The rows of a file or a data set, and the source with its commit."""
+    path = Path(spec)
+    if path.suffix not in (".json", ".jsonl", ".csv"):
+        return read_table(spec, split, test)
+    text = path.read_bytes().decode("utf-8-sig")  # without the mark that some editors write
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline=""))), spec
+    if text.lstrip().startswith("["):
+        return json.loads(text), spec
+    return [json.loads(line) for line in text.split("\n") if line.strip()], spec
+
+
+def choice_meant(answer: object, choices: list[str], position: bool) -> str:
+    """The choice that an answer means: its words, but for case, a letter before them and a full
+    stop; else its letter, else its position from 0; `position` first where the data write that.
+    Raises ValueError where it is none of them."""
+
+    def plain(text: str) -> str:
+        return text.strip().rstrip(".").lower()
+
+    text = str(answer).strip()
+    letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", text)
+    number = re.fullmatch(r"(\d+)(\.0)?", text)
+    place = int(number[1]) if number else len(choices)
+    found = [choice for choice in choices if choice.strip() == text]
+    for meant in (text, text[LETTER.match(text).end() :] if LETTER.match(text) else ""):
+        found += [choice for choice in choices if plain(choice) == plain(meant) != ""]
+    found += choices[ord(letter[1]) - ord("A") :][:1] if letter else []
+    found = choices[place:][:1] + found if position else found + choices[place:][:1]
+    if not found:
+        raise ValueError(f"the answer {answer!r} is not among the choices")
+    return found[0]
+
+
+def normalise(row: dict) -> dict:
+    """A row of ours, AVQA's or MMAU's as ours, the same whatever file it was in; other columns
+    stay. Raises ValueError or TypeError where it cannot be used."""
+    clip = row["audio"] if isinstance(row.get("audio"), StoredClip) else None
+    extra = row.get("other_attributes") or {}  # the hub's MMAU: most of its columns
+    extra = json.loads(extra) if isinstance(extra, str) else extra
+    row = extra | {key: value for key, value in row.items() if value not in (None, "")}
+    row.pop("other_attributes", None)
+    # As strict JSON has it, which predictions are written in: no dates, null for nan.
+    row = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
+    audio = clip or row.get("audio_path") or row.get("audio") or row.get("audio_id")
+    if not audio and "video_name" in row:  # AVQA: the clip is a video's sound
+        audio = f"{row['video_name']}.wav"
+    question = row.get("question") or row.get("question_text") or row.get("instruction")
+    choices = row.get("choices") or row.get("multi_choice")
+    choices = ast.literal_eval(choices) if isinstance(choices, str) else choices  # a .csv's
+    parts = {"audio": audio, "question": question, "choices": choices, "answer": row.get("answer")}
+    missing = [name for name, part in parts.items() if part in (None, "", [])]
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    if not isinstance(audio, (str, StoredClip)) or not isinstance(choices, list):
+        raise ValueError("audio must be a name, choices a list")
+    question, choices = str(question), [str(choice) for choice in choices]
+    avqa = "multi_choice" in row
+    parts["question"] = question.replace("video", "audio") if avqa else question
+    # Letters before the choices would count as words of the answer in MMAU's rule.
+    letters = [LETTER.match(choice) for choice in choices]
+    names = [letter and (letter[1] or letter[2]) for letter in letters]
+    if names == list(string.ascii_uppercase[: len(names)]):
+        choices = [choice[letter.end() :] for choice, letter in zip(choices, letters, strict=True)]
+    parts["choices"], parts["answer"] = choices, choice_meant(parts["answer"], choices, avqa)
+    return row | parts
+
+
+def check_questions(
+    flag: str, spec: str, rows: list[dict], report: Report | None = None
+) -> list[dict]:
+    """The rows that can be used, as ours, with an id; the others go into the report. Raises
+    InputError where none can."""
+    report, questions, seen = report or Report(), [], set()
+    for number, row in enumerate(rows):
+        try:
+            question = {"id": number} | normalise(row)
+            question["id"] = str(question["id"])
+            if question["id"] in seen:
+                raise ValueError(f"its id {question['id']} is there twice")
+        except (ValueError, TypeError, AttributeError, SyntaxError) as error:
+            report.skipped.append({"data": f"--{flag}", "row": number, "reason": str(error)})
+            continue
+        seen.add(question["id"])
+        questions.append(question)
+    if not questions:
+        reason = f"row 0: {report.skipped[-len(rows)]['reason']}" if rows else "it is empty"
+        what = f"none of its {len(rows)} rows can be used ({reason})"
+        raise InputError(f"--{flag} {spec}: {what}; a row is audio, question, choices, answer")
+    return questions
+
+
+def read_questions(
+    flag: str, spec: str, split: str | None = None, report: Report | None = None
+) -> list[dict]:
+    """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data. Raises
+    InputError for what cannot be read, and as check_questions."""
+    report = report or Report()
+    try:
+        rows, report.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        kinds = "a .json, .jsonl, .csv or .parquet file, a folder, or of the hub "
+        kinds += f"NAME[:CONFIGURATION][@REVISION], and --{flag.replace('data', 'split')}"
+        raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
+    return check_questions(flag, spec, rows, report)
+
+
+def opened(clip: Path | StoredClip) -> Path | io.BytesIO:
+    """What soundfile reads a clip from."""
+    if not isinstance(clip, StoredClip):
+        return clip
+    cell = clip.cells[clip.number]
+    return Path(cell["path"] or "") if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+
+
+def read_samples(file: soundfile.SoundFile, seconds: float) -> tuple[np.ndarray, bool]:
+    """The first `seconds` of an open file as one channel, float32 [N] at its own rate: the mean of
+    its channels; the loudest where they cancel in the mean (and whether they do)."""
+    samples = file.read(int(seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
+    wave, power = samples.mean(axis=1), np.square(samples).mean(axis=0)  # [N], [channels]
+    if np.square(wave).mean() < 0.01 * power.max():
+        return samples[:, power.argmax()], True
+    return wave, False
+
+
+def load_audio(clip: Path | StoredClip, seconds: float) -> np.ndarray:
+    """The first `seconds` of a clip: one channel, 16 kHz, float32 [N]."""
+    with soundfile.SoundFile(opened(clip)) as file:
+        wave, _ = read_samples(file, seconds)
+        if file.samplerate != SAMPLE_RATE:
+            wave = soxr.resample(wave, file.samplerate, SAMPLE_RATE)
+    return wave[: int(seconds * SAMPLE_RATE)]
+
+
+def judge_clip(clip: Path | StoredClip, seconds: float) -> tuple[str | None, bool, bool]:
+    """Why a clip cannot be used (None: it can), by its end and by the samples that the model would
+    hear; whether it is longer than those; whether its channels cancel."""
+    try:
+        with soundfile.SoundFile(opened(clip)) as file:
+            frames, rate = file.frames, file.samplerate
+            if frames < 0.1 * rate:
+                return f"{frames} samples: shorter than 0.1 s", False, False
+            declared = re.search(r"^data : (\d+) \(should be \d+\)", file.extra_info, re.MULTILINE)
+            cut = declared and int(declared[1]) < 2**31 - 2**16  # above: a stream of unknown length
+            file.seek(frames - 1)
+            if cut or len(file.read(1)) != 1:
+                return "cut: shorter than its header says", False, False
+            file.seek(0)
+            wave, cancelling = read_samples(file, seconds)
+    except Exception as error:  # each format has its own
+        return f"cannot be read ({type(error).__name__}: {error})", False, False
+    if not np.isfinite(wave).all():
+        return "samples that are no finite numbers", False, False
+    if np.abs(wave).max() < 1e-4:  # three steps of 16 bits
+        return "silent", False, False
+    return None, frames > seconds * rate, cancelling
+
+
+def find_clips(
+    flag: str,
+    spec: str,
+    folder: str | None,
+    rows: list[dict],
+    report: Report | None = None,
+    seconds: float = 30.0,
+) -> list[Question]:
+    """The questions whose clips can be used; the others go into the report. Raises InputError where
+    none can."""
+    report, root, clips = report or Report(), Path(folder or Path(spec).parent), []
+    for row in rows:
+        audio = row["audio"]
+        stored = isinstance(audio, StoredClip)
+        places = [audio] if stored else [root / audio, root / Path(audio).name]
+        clips.append(next((place for place in places if stored or place.is_file()), None))
+    different = [clip for clip in dict.fromkeys(clips) if clip is not None]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        judged = pool.map(partial(judge_clip, seconds=seconds), different)
+        few = len(different) < 64
+        bar = tqdm(judged, "listen", total=len(different), leave=False, disable=few)
+        verdicts = dict(zip(different, bar, strict=True)) | {None: ("not found", False, False)}
+    questions = []
+    for row, clip in zip(rows, clips, strict=True):
+        problem = verdicts[clip][0]
+        if problem:
+            entry = {"data": f"--{flag}", "id": row["id"], "clip": str(clip or root / row["audio"])}
+            report.skipped.append(entry | {"reason": problem})
+        else:
+            questions.append(Question(row, clip))
+    if not questions:
+        what = f"none of its {len(rows)} clips can be used ({entry['clip']}: {problem})"
+        raise InputError(f"--{flag} {spec}: {what}; see --{flag.replace('data', 'audio-dir')}")
+    report.longer += sum(longer for _, longer, _ in verdicts.values())
+    report.cancelling += sum(cancelling for _, _, cancelling in verdicts.values())
+    return questions
+
+
+def load_questions(args: Args, seconds: float) -> Data:
+    """Training and evaluation questions, of whose clips the model hears so many seconds. Raises
+    InputError, also for training on an evaluation split."""
+    report, train, asked = Report(), [], []
+    places = "train-data", args.train_data, args.audio_dir
+    if not args.eval_only:
+        train = read_questions("train-data", args.train_data, args.train_split, report)
+    if args.eval_data:
+        eval_places = "eval-data", args.eval_data, args.eval_audio_dir
+        asked = read_questions("eval-data", args.eval_data, args.eval_split, report)
+    seen = {(Path(str(row["audio"])).name, row["question"]) for row in asked}
+    tests = sum("test" in str(row.get("split", "")) for row in train)
+    common = sum((Path(str(row["audio"])).name, row["question"]) in seen for row in train)
+    if (tests or common) and not args.train_on_eval:
+        what = f"{tests} rows of a test split, {common} questions that are in --eval-data too"
+        raise InputError(f"--train-data has {what}; if that is meant, add --train-on-eval")
+    if not args.eval_data:
+        eval_places = places
+        asked, train = train[::10], [row for i, row in enumerate(train) if i % 10]
+        if not train:
+            raise InputError("--train-data: one question cannot be split; give --eval-data")
+    asked = asked[: args.eval_max]
+    train = find_clips(*places, train, report, seconds) if train else []
+    return Data(train, find_clips(*eval_places, asked, report, seconds), asked, report)
+
+
+def describe(data: Data, args: Args, seconds: float) -> str:
+    """What the questions are, what is not used, and how the clips are heard."""
+    report = data.report
+    note = f"{len(data.train)} training questions, {len(data.heldout)} for evaluation"
+    note += "" if args.eval_data else " (every tenth)"
+    note += f"; {report.longer} clips are cut to {seconds:g} s"
+    if report.cancelling:
+        note += f"; channels of {report.cancelling} clips cancel: their loudest one is heard"
+    if report.skipped:
+        clips = sum("clip" in entry for entry in report.skipped)
+        note += f"; {len(report.skipped) - clips} rows and {clips} clips cannot be used: "
+        note += "skipped.json"
+    return note
+
+
+def question_text(row: dict, think_budget: int) -> str:
+    """What the model is asked about a clip; the same in training and evaluation."""
+    text = f"{row['question']} Choose one of the following options: {', '.join(row['choices'])}.\n"
+    if think_budget:
+        text += f"Think first, in fewer than {think_budget} words, inside <think> </think>. "
+    return text + "Give the option you choose inside <answer> </answer>."
+
+
+def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget: int) -> str:
+    """The text of a question for the model, by its chat template, with one place for the clip."""
+    content = [{"type": "audio", "audio": "clip"}]
+    content.append({"type": "text", "text": question_text(row, think_budget)})
+    options = {"add_generation_prompt": True, "tokenize": False}
+    return processor.apply_chat_template([{"role": "user", "content": content}], **options)
+
+
+# --------------------------------------------------------------------------- models and reference
+def find_model(spec: str) -> tuple[str, str | None]:
+    """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
+    found before gigabytes are fetched. A folder has no commit. Raises InputError."""
+    name, _, revision = spec.partition("@")
+    if (Path(spec) / "config.json").is_file():
+        return spec, None
+    try:
+        path = hf_hub_download(name, "config.json", revision=revision or None)
+    except Exception as error:
+        remedy = f"give a folder, or accept the licence at https://huggingface.co/{name} and log in"
+        reason = f"no config.json ({type(error).__name__}: {error})"
+        raise InputError(f"--model-id {spec}: {reason}; {remedy}") from error
+    return name, Path(path).parent.name
+
+
+def load_processor(name: str, revision: str | None) -> transformers.ProcessorMixin:
+    """The model's processor. Raises InputError where it has none for sounds."""
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+        processor.feature_extractor, processor.tokenizer  # noqa: B018
+    except Exception as error:
+        raise InputError(f"--model-id {name}: no processor for sounds ({error})") from error
+    return processor
+
+
+def load_model(name: str, revision: str | None, args: Args, dtype: torch.dtype) -> nn.Module:
+    """Qwen2-Audio or Qwen2.5-Omni's thinker, its language model reading shared-prompt rows; trained
+    weights in float32, the others in `dtype`. Raises InputError where a loader reports weights that
+    its files do not have."""
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration
+    kinds = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "qwen2_5_omni": thinker}
+    kinds["qwen2_5_omni_thinker"] = thinker
+    kind = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).model_type
+    if kind not in kinds:
+        raise InputError(f"--model-id {name}: a {kind}; must be Qwen2.5-Omni or Qwen2-Audio")
+    options = {"revision": revision, "dtype": dtype, "output_loading_info": True}
+    try:
+        model, report = kinds[kind].from_pretrained(name, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"--model-id {name}: cannot be loaded ({error})") from error
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
+        lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
+        raise InputError(f"--model-id {name}: {lost}")
+    if args.adapter:
+        model = load_adapter(model, args.adapter)
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # rollout, old policy and reference must be the same function
+    if not args.eval_only and args.lora_rank:
+        targets = rf".*language_model\.layers\.\d+\..*\.({PROJECTIONS})"
+        size = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+        model = get_peft_model(model, LoraConfig(**size, target_modules=targets))
+    elif not args.eval_only:
+        parts = [language_model(model).layers, language_model(model).norm]
+        if model.get_output_embeddings().weight is not language_model(model).embed_tokens.weight:
+            parts.append(model.get_output_embeddings())
+        for part in parts:
+            part.float().requires_grad_(True)
+    if args.gradient_checkpointing:
+        options = {"use_reentrant": False}
+        language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()  # else a LoRA behind frozen embeddings gets no gradient
+    language_model(model).set_attn_implementation("shared_prompt")
+    model.train()  # checkpointing works in training mode only; there is no dropout left
+    base_model(model).model.audio_tower.eval()
+    return model
+
+
+def load_adapter(model: nn.Module, folder: str) -> nn.Module:
+    """The model with the LoRA of a folder. Raises InputError where the two do not fit."""
+    try:
+        stored = load_peft_weights(folder, device="cpu")
+        model = PeftModel.from_pretrained(model, folder)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--adapter {folder}: cannot be loaded ({reason})") from error
+    different = stored.keys() ^ get_peft_model_state_dict(model).keys()
+    if different:
+        what = f"{len(different)} weights are not the model's or not its own"
+        raise InputError(f"--adapter {folder}: {what}, such as {sorted(different)[0]}")
+    return model
+
+
+def special_tokens(
+    model: nn.Module, processor: transformers.ProcessorMixin
+) -> tuple[list[int], list[int]]:
+    """Ids that end a completion (generation config's and tokenizer's), and ids that stand for
+    audio, images, video."""
+    tokenizer, ends = processor.tokenizer, getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    stop = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
+    names = ("audio", "image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
+    tokens = [getattr(processor, f"{name}_token", None) for name in names]
+    ids = {
+        tokenizer.convert_tokens_to_ids(token) for token in tokens if token in tokenizer.get_vocab()
     }
+    return stop, sorted(ids - set(stop))
 
 
-def to_json(value: object, **options) -> str:
-    """JSON with null for nan and infinity, which strict readers refuse."""
+# --------------------------------------------------------------------------------------- run files
+def create_run(args: Args, sources: dict, prompts_sha256: str) -> Path:
+    """Create the run's folder with args.json in it. Raises InputError where it cannot."""
+    name = f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.output_dir) / (args.run_name or name)
+    git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
+    failed, commit = subprocess.getstatusoutput(git)
+    record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv}
+    libraries = (torch, transformers, peft, accelerate)
+    versions = {"python": sys.version} | {lib.__name__: lib.__version__ for lib in libraries}
+    record |= {"git_commit": None if failed else commit, "versions": versions}
+    record |= {"sources": sources, "prompts_sha256": prompts_sha256}
+    try:
+        (folder / "samples").mkdir(parents=True)
+        (folder / "final").mkdir()
+    except OSError as error:
+        raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
+    (folder / "args.json").write_text(json.dumps(record, indent=2, allow_nan=False))
+    return folder
 
-    def finite(part: object) -> object:
-        if isinstance(part, dict):
-            return {key: finite(inner) for key, inner in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [finite(inner) for inner in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    return json.dumps(finite(value), **options)
+def find_run(args: Args) -> tuple[Args, Path, dict]:
+    """The flags, the folder and args.json of the run that --resume names. Raises InputError."""
+    folder = Path(args.resume)
+    if args.resume == "latest":
+        runs = Path(args.output_dir).glob("*/args.json")
+        runs = [file for file in runs if f'"script": "{SCRIPT}"' in file.read_text()]
+        folder = max(
+            runs, key=lambda file: file.stat().st_mtime_ns, default=folder / "args.json"
+        ).parent
+    if not args.resume or not any(folder.glob("checkpoint*.pt")):
+        raise InputError(f"--resume {args.resume}: no checkpoint in {folder}; start a new run")
+    record = json.loads((folder / "args.json").read_text())
+    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
+    stored = Args(**kept)
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv}
+    for field in dataclasses.fields(Args):
+        name, value, kept = field.name, getattr(args, field.name), getattr(stored, field.name)
+        given = f"--{name.replace('_', '-')}" in words or value != field.default
+        if given and value != kept and name not in ("resume", "output_dir"):
+            raise InputError(
+                f"--{name.replace('_', '-')}: the resumed run has {kept}; leave it out"
+            )
+    return dataclasses.replace(stored, **record["sources"]), folder, record
 
 
-def log(path: Path, writer: SummaryWriter, step: int, record: dict[str, float]) -> None:
-    """Append one JSON line to metrics.jsonl, and the same figures to TensorBoard."""
-    with path.open("a") as file:
-        file.write(to_json({"step": step, **record}) + "\n")
+def lock_run(run_dir: Path) -> TextIO | None:
+    """A lock that lives as long as the returned file. Raises InputError where another process has
+    it: two would write one run."""
+    if os.name == "nt":
+        return None
+    import fcntl  # not on Windows
+
+    file = (run_dir / "args.json").open()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"--resume: another process is writing {run_dir}") from error
+    return file
+
+
+def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
+    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": step, **record}, allow_nan=False), file=file, flush=True)
+        os.fsync(file.fileno())  # a checkpoint counts on it
     for tag, value in record.items():
-        writer.add_scalar(tag, value, step)
+        if value is not None:
+            writer.add_scalar(tag, value, step)
 
 
-def write_completions(path: Path, writer: SummaryWriter, step: int, said: list[dict]) -> None:
-    """An evaluation's rows with the model's words: all as a JSON list, the first few to
-    TensorBoard."""
-    path.write_text(to_json(said, ensure_ascii=False, indent=1), encoding="utf-8")
-    shown = [
-        f"{row['question']}\n{row['choices']} {row['answer']}\n{row['completion']}"
-        for row in said[:8]
-    ]
-    writer.add_text(
-        "completions", "".join(f"<pre>{html.escape(text)}</pre>" for text in shown), step
-    )
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Wall clock in seconds, after the device has finished what it was given."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-    return time.perf_counter()
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: of the GPU, else of this process (nan where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
-
-
-# --------------------------------------------------------------------------------------- checkpoint
-
-
-def save_checkpoint(run_dir: Path, progress: dict, parts: dict) -> None:
-    """Write `progress` and the states of `parts` into checkpoints/: temporary name, then rename;
-    keeps the newest few. Raises InputError when the folder cannot be written; the earlier
-    checkpoints stay."""
-    path = run_dir / "checkpoints" / f"{progress['iteration']:06d}.pt"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        torch.save(progress | parts, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"--output-dir: {path} cannot be written ({error}); make room, then --resume"
-        ) from error
-    for old in sorted(path.parent.glob("*.pt"))[:-KEEP_CHECKPOINTS]:
-        old.unlink()
+def write_safely(path: Path, state: dict) -> None:
+    """torch.save under another name, flushed to the disk, then renamed: never half a file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with path.with_suffix(".part").open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(path.with_stem(f"{path.stem}-previous"))
+    path.with_suffix(".part").replace(path)
 
 
 def load_checkpoint(run_dir: Path) -> dict:
-    """The newest checkpoint of a run, {} when it has none yet. Raises InputError for a file that
-    cannot be read."""
-    files = sorted((run_dir / "checkpoints").glob("*.pt"))
+    """The state in the newest checkpoint. Raises InputError for a damaged file."""
+    path = run_dir / "checkpoint.pt"
+    path = path if path.exists() else run_dir / "checkpoint-previous.pt"
     try:
-        return torch.load(files[-1], map_location="cpu", weights_only=True) if files else {}
+        damaged = zipfile.ZipFile(path).testzip()  # the check sums, which torch.load does not ask
+        if damaged:
+            raise ValueError(f"wrong check sum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        remedy = "delete it to use the one before"
-        raise InputError(
-            f"--resume: {files[-1]} cannot be read ({one_line(error)}); {remedy}"
-        ) from error
+        remedy = "delete it to go on from checkpoint-previous.pt"
+        raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
+
+
+def save_checkpoint(run_dir: Path, progress: dict, state: dict) -> None:
+    """The trained weights, the optimiser and the position, with the length of metrics.jsonl."""
+    state = progress | state | {"metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size}
+    write_safely(run_dir / "checkpoint.pt", state)
 
 
 def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -1509,582 +1592,376 @@ def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return {"model": model, "optimizer": optimizer_state}
 
 
-def restore_training_state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
+def restore(
+    run_dir: Path | None, checkpoint: dict, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """The opposite of training_state."""
+    """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     states = {"model_state_dict": checkpoint["model"], "optim_state_dict": checkpoint["optimizer"]}
     set_state_dict(network, optimizer, **states, options=options)
+    if run_dir is not None:
+        path = run_dir / "metrics.jsonl"
+        os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
 
 
-def save_final(folder: Path, model: nn.Module, weights: dict[str, Tensor], model_id: str) -> str:
-    """Export what PEFT or transformers loads, and return the lines that load it. weights: the
-    trained ones of Policy(model), whole."""
+def save_weights(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """What PEFT or transformers loads, of the trained weights of Policy(model), whole."""
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    kind = type(model.get_base_model() if isinstance(model, peft.PeftModel) else model).__name__
-    if isinstance(model, peft.PeftModel):
-        model.save_pretrained(folder, state_dict=weights)
-        imports = f"from peft import PeftModel\nfrom transformers import {kind}"
-        return (
-            f"{imports}\n"
-            f'model = PeftModel.from_pretrained({kind}.from_pretrained("{model_id}"), "{folder}")'
-        )
-    model.save_pretrained(folder, state_dict=dict(model.state_dict()) | weights)
-    return f'from transformers import {kind}\nmodel = {kind}.from_pretrained("{folder}")'
+    if not isinstance(model, PeftModel):
+        weights = dict(model.state_dict()) | weights
+    model.save_pretrained(folder, state_dict=weights)
 
 
-# --------------------------------------------------------------------------------------------- main
+def save_completions(path: Path, writer: SummaryWriter | None, step: int, said: list[dict]) -> None:
+    """An evaluation's rows with the model's words: all as a JSON list, the first few to
+    TensorBoard."""
+    text = json.dumps(said, ensure_ascii=False, indent=1, allow_nan=False, default=str)
+    path.write_text(text, encoding="utf-8")
+    if writer is not None:
+        shown = ""
+        for row in said[:8]:
+            text = f"{row['question']}\n{row['choices']} {row['answer']}\n{row['completion']}"
+            shown += f"<pre>{html.escape(text)}</pre>"
+        writer.add_text("completions", shown, step)
 
 
-def check_args(args: Args, processes: int) -> None:
-    """Raise InputError for a flag that cannot work."""
-    positive = (
-        "lora_alpha max_audio_seconds prompts_per_update max_completion_length temperature "
-        "rollout_batch"
-    )
-    positive += (
-        " iterations updates_per_rollout clip_eps learning_rate max_grad_norm train_tokens "
-        "eval_every eval_batch"
-    )
-    positive += " save_every"
-    rules = [(name, "above 0", getattr(args, name) > 0) for name in positive.split()]
-    notbelow = "seed lora_rank beta0 weight_decay eval_temperature think_budget"
-    rules += [(name, "0 or more", getattr(args, name) >= 0) for name in notbelow.split()]
-    rules.append(("group_size", "at least 2: the others are the baseline", args.group_size >= 2))
-    rules.append(("max_audio_seconds", "at least 0.1", args.max_audio_seconds >= 0.1))
-    rules.append(("reward_weights", "finite", all(map(math.isfinite, args.reward_weights))))
-    rules.append(("adv_clip_k", "above 0", args.adv_clip_k is None or args.adv_clip_k > 0))
-    rules.append(("eval_max", "above 0", args.eval_max is None or args.eval_max > 0))
-    rules.append(
-        ("think_budgets", "0 or more", all(budget >= 0 for budget in args.think_budgets or ()))
-    )
-    if args.eval_only:
-        rules.append(("eval_data", "given with --eval-only", args.eval_data is not None))
+def finish(run_dir: Path, summary: dict) -> None:
+    """The whole run in one file and as tables."""
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+    (run_dir / "mmau.md").write_text(score_table(summary["scores"]))
+    for name, value in summary["final"].items():
+        before = f"{summary['base'][name]:10.4f} ->" if "base" in summary else ""
+        print(f"{name:22s}{before}{value:10.4f}")
+    print(score_table({key: summary["scores"][key] for key in ("total", "task")}))
+    print(f"Completions in {run_dir}/samples, scores in {run_dir}/mmau.md.")
+
+
+def print_loading_lines(
+    folder: Path, model: nn.Module, name: str, revision: str | None, dtype: torch.dtype
+) -> None:
+    """How to load the result."""
+    kind = type(base_model(model)).__name__
+    print(f"To use the result:\nimport torch\nfrom transformers import {kind}")
+    if isinstance(model, PeftModel):
+        print("from peft import PeftModel")
+        print(f'model = {kind}.from_pretrained("{name}", revision={revision!r}, dtype={dtype})')
+        print(f'model = PeftModel.from_pretrained(model, "{folder}")')
     else:
-        divides = args.prompts_per_update % processes == 0
-        rules.append(("prompts_per_update", f"a multiple of the {processes} processes", divides))
-        rules.append(("train_data", "given, or --eval-only", args.train_data is not None))
-        rules.append(("adapter", "left out: it goes with --eval-only", args.adapter is None))
-        rules.append(
-            ("think_budgets", "left out: it goes with --eval-only", args.think_budgets is None)
-        )
-    for name, rule, holds in rules:
-        if not holds:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
+        print(f'model = {kind}.from_pretrained("{folder}", dtype={dtype})')
 
 
-def find_run(args: Args) -> tuple[Args, Path]:
-    """The flags and the folder of the run that --resume names. Raises InputError."""
-    folder = Path(args.resume)
-    if args.resume == "latest":
-        runs = [
-            f
-            for f in Path(args.output_dir).glob("*/args.json")
-            if f'"script": "{SCRIPT}"' in f.read_text()
-        ]
-        if not runs:
-            raise InputError(
-                f"--resume latest: no run of this script in --output-dir {args.output_dir}"
-            )
-        folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
-    if not (folder / "args.json").is_file():
-        raise InputError(
-            f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)"
-        )
-    try:
-        record = json.loads((folder / "args.json").read_text())
-        if record["script"] != SCRIPT:
-            raise InputError(
-                f"--resume {args.resume}: is a run of {record['script']}, not of {SCRIPT}"
-            )
-        stored = Args(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(
-            f"--resume {args.resume}: its args.json is not this version's ({reason}); start anew"
-        ) from error
-    for field in dataclasses.fields(Args):
-        given, kept, flag = (
-            getattr(args, field.name),
-            getattr(stored, field.name),
-            field.name.replace("_", "-"),
-        )
-        if field.name not in ("resume", "output_dir") and given not in (field.default, kept):
-            raise InputError(
-                f"--{flag} {given}: the resumed run has {kept}; leave the flag out or start a new "
-                "run"
-            )
-    return stored, folder
+# -------------------------------------------------------------------------------------------- main
+def check_args(args: Args, processes: int) -> None:
+    """Raise InputError for flags that cannot work."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, tuple) else (value,)
+        zero = ("seed", "lora_rank", "beta0", "weight_decay", "eval_temperature", "think_budget")
+        lowest = 0 if name in zero else 1e-30
+        lowest = -math.inf if name == "reward_weights" else lowest
+        numbers = [number for number in values if type(number) in (int, float)]
+        if not all(math.isfinite(number) and number >= lowest for number in numbers):
+            flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
+            raise InputError(f"{flag}: must be {'finite' if lowest < 0 else 'positive'}")
+    if args.group_size < 2:
+        raise InputError("--group-size: at least 2, the others are the baseline")
+    if args.max_audio_seconds < 0.1:
+        raise InputError("--max-audio-seconds: at least 0.1")
+    if args.prompts_per_update % processes:
+        raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
+    if len(args.reward_weights) not in (len(REWARDS), len(REWARDS) + len(args.reward)):
+        raise InputError(f"--reward-weights: of {', '.join(REWARDS)}, and of each --reward or none")
+    if (args.eval_data if args.eval_only else args.train_data) is None:
+        raise InputError("--train-data must be given; or --eval-only and --eval-data")
+    if args.adapter and not args.eval_only:
+        raise InputError("--adapter: goes with --eval-only; training starts at the model")
+    if int(os.environ.get("WORLD_SIZE", "1")) != processes:
+        raise InputError("torchrun: its processes would be unrelated runs here; add --cpu")
 
 
-def create_run(args: Args) -> Path:
-    """Create the run folder with args.json in it. Raises InputError."""
-    name = (
-        args.run_name or f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    folder = Path(args.output_dir) / name
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        commit = (
-            subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-        )
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    versions = {"python": platform.python_version()}
-    versions |= {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
-    record = {
-        "script": SCRIPT,
-        "args": dataclasses.asdict(args),
-        "command": sys.argv,
-        "versions": versions,
-    }
-    try:
-        folder.mkdir(parents=True)
-        for part in ("samples", "final"):
-            (folder / part).mkdir()
-        (folder / "args.json").write_text(json.dumps(record | {"git_commit": commit}, indent=2))
-    except FileExistsError as error:
-        raise InputError(
-            f"--run-name {folder.name}: {folder} exists; take another name, or --resume {folder}"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"--output-dir {args.output_dir}: cannot be written ({error}); name another folder"
-        ) from error
-    return folder
-
-
-def keep_metrics(path: Path, iteration: int) -> None:
-    """Drop from metrics.jsonl what an interrupted run logged after its checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [
-        line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= iteration
-    ]
-    path.write_text("".join(kept))
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where it is asked for, or where a GPU has units for it."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def main(args: Args) -> None:
-    use_bf16 = (
-        torch.cuda.is_available()
-        and not args.cpu
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    resumed = None
-    if args.resume:
-        args, resumed = find_run(args)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and use_bf16)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    accelerator = accelerate.Accelerator(cpu=args.cpu, mixed_precision="bf16" if bf16 else "no")
+    resumed = args.resume is not None
+    if resumed:
+        args, run_dir, stored = find_run(args)
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    dtype = choose_dtype(args.precision, torch.device("cuda" if on_gpu else "cpu"))
+    mixed_precision = "bf16" if dtype == torch.bfloat16 else "no"
+    accelerator = accelerate.Accelerator(cpu=args.cpu, mixed_precision=mixed_precision)
     device, is_main = accelerator.device, accelerator.is_main_process
     processes, rank = accelerator.num_processes, accelerator.process_index
     check_args(args, processes)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    if resumed and (run_dir / "summary.json").exists():
+        accelerator.print(f"{run_dir} is finished: nothing is left to do")
+        return
 
-    # Questions and clips first: they are quick to be wrong.
-    train, heldout, wanted, skipped, version, note = load_questions(args)
+    # What is small and may be refused comes before what is large.
+    model_name, commit = find_model(args.model_id)
+    processor = load_processor(model_name, commit)
+    window = getattr(processor.feature_extractor, "chunk_length", math.inf)  # of the model, seconds
+    seconds = min(args.max_audio_seconds, window)
+    data = load_questions(args, seconds)
+    sources = {"model_id": model_name if commit is None else f"{model_name}@{commit}"}
+    sources |= data.report.sources
+    rows = [[question.row for question in part] for part in (data.train, data.heldout)]
+    prompts_sha256 = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+    if resumed and prompts_sha256 != stored["prompts_sha256"]:
+        raise InputError("--train-data, --eval-data: other questions than when the run began")
+    plugins = load_plugins("--reward", args.reward, set(TAKEN_TAGS))
+    names = (*REWARDS, *plugins)
+    unweighted = len(names) - len(args.reward_weights)
+    reward_weights = torch.tensor([*args.reward_weights, *[1.0] * unweighted])  # [R]
+    example = [data.heldout[0].row] * 2
+    score(["a", "b"], [1, 1], example, args.think_budget, args.max_completion_length, plugins)
 
     # Policy and reference.
     seed_everything(args.seed)
-    model, processor = load_model(args, dtype)
-    seconds = min(
-        args.max_audio_seconds, getattr(processor.feature_extractor, "chunk_length", math.inf)
-    )
-    lengths = [
-        soundfile.info(opened(clip)).duration
-        for clip in {question.clip for question in (*train, *heldout)}
-    ]
-    note += f"; {sum(length > seconds for length in lengths)} clips are cut to {seconds:g} s"
+    model = load_model(model_name, commit, args, dtype)
     stop, banned = special_tokens(model, processor)
     if not stop:
-        raise InputError(
-            f"--model-id {args.model_id}: has no end-of-sequence token in tokenizer or generation "
-            "config"
-        )
-    policy, frozen, optimizer = Policy(model, banned), None, None
+        raise InputError("--model-id: no end-of-sequence token in tokenizer or generation config")
+    policy, frozen, trainable = Policy(model, banned), None, []
     if args.eval_only:
-        policy = network = accelerator.prepare_model(policy, evaluation_mode=True)
+        policy = accelerator.prepare_model(policy, evaluation_mode=True)
     else:
-        if not args.lora_rank:
-            # One audio tower is enough.
+        if not args.lora_rank:  # one audio tower is enough
             shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-            frozen = accelerator.prepare_model(
-                copy.deepcopy(policy, shared).requires_grad_(False), evaluation_mode=True
-            )
+            frozen = copy.deepcopy(policy, shared).requires_grad_(False)
+            frozen = accelerator.prepare_model(frozen, evaluation_mode=True)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-        )
+        options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
+        optimizer = torch.optim.AdamW(trainable, **options)
         network, optimizer = accelerator.prepare(policy, optimizer)
-        # Without gradients no DDP is needed. accelerate has put autocast into the forward of both
-        # networks.
+        # Without gradients no DDP is needed. accelerate has put autocast into both forwards.
         policy = accelerator.unwrap_model(network)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    listener = Listener(policy, processor, stop, seconds, accelerator)
 
-    run_dir = resumed or (create_run(args) if is_main else None)
-    if is_main and skipped:
-        (run_dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
+    if not resumed:
+        run_dir = create_run(args, sources, prompts_sha256) if is_main else None
+    lock = lock_run(run_dir) if is_main else None  # held until the process ends
+    if is_main and data.report.skipped:
+        text = json.dumps(data.report.skipped, indent=1, allow_nan=False)
+        (run_dir / "skipped.json").write_text(text)
+    groups, group = args.prompts_per_update, args.group_size
     accelerator.print(
-        f"{run_dir}: {note}; stop tokens {processor.tokenizer.convert_ids_to_tokens(stop)}"
+        f"{run_dir}: {args.method}, {processes} x {device.type}, {dtype}, "
+        f"{sum(parameter.numel() for parameter in trainable):,} trained parameters\n"
+        f"{describe(data, args, seconds)}\n"
+        f"a completion ends with {processor.tokenizer.convert_ids_to_tokens(stop)}; "
+        f"each iteration {groups} questions x {group} completions of at most "
+        f"{args.max_completion_length} tokens, {args.updates_per_rollout} updates"
+        + "\nwarning: --group-size: the mean of so few completions is a noisy baseline"
+        * (group < 4)
     )
-
-    def decode(ids: list[int]) -> str:
-        return processor.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def reasoning_tokens(text: str) -> int:
-        return len(processor.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def everyone_done(done: bool) -> bool:
-        """Under FSDP every process must take part in every forward pass."""
-        if accelerator.distributed_type != accelerate.DistributedType.FSDP:
-            return done
-        return bool(
-            accelerator.reduce(torch.tensor(float(done), device=device), "sum") == processes
-        )
-
-    def embed(questions: list[Question], think_budget: int) -> list[Tensor]:
-        """Each question and its clip, once: what the language model reads, [L,D]."""
-        texts = [build_prompt(processor, question.row, think_budget) for question in questions]
-        waves = [load_audio(question.clip, seconds) for question in questions]
-        with accelerator.autocast():
-            pairs = zip(texts, waves, strict=True)
-            return [embed_question(policy, processor, text, wave, device) for text, wave in pairs]
-
-    def draw(
-        prompts: list[Tensor], uniforms: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Completions of some prompts: ids, mask and log-probabilities, [B,G,C]."""
-        # Around the whole rollout: weights are converted to bf16 once, not at every token.
-        with accelerator.autocast():
-            return rollout(
-                policy, prompts, uniforms.to(device), stop, temperature, everyone_done=everyone_done
-            )
-
-    def answer(questions: list[Question], think_budget: int) -> tuple[list[str], list[int]]:
-        """The policy's answers to some questions, and their lengths in tokens."""
-        seeds = [
-            seed_everything(
-                args.seed, 0, int(hashlib.sha1(q.row["id"].encode()).hexdigest()[:8], 16)
-            )
-            for q in questions
-        ]
-        uniforms = torch.stack(
-            [torch.rand(1, args.max_completion_length, generator=generator) for generator in seeds]
-        )
-        tokens, mask, _ = draw(embed(questions, think_budget), uniforms, args.eval_temperature)
-        texts, counts = flatten(tokens, mask, decode)[:2]
-        return texts, counts
-
-    def test(think_budget: int) -> tuple[dict[str, float], dict, list[dict]]:
-        longest = args.max_completion_length
-        return evaluate(
-            answer,
-            heldout,
-            wanted,
-            think_budget,
-            longest,
-            reasoning_tokens,
-            accelerator,
-            args.eval_batch,
-        )
-
-    about = {
-        "model": args.model_id,
-        "adapter": args.adapter,
-        "questions": len(wanted),
-        "skipped": len(skipped),
-    }
-    about |= version
+    about = {"sources": sources, "adapter": args.adapter, "think_budget": args.think_budget}
+    about |= {"questions": len(data.asked), "skipped": len(data.report.skipped)}
+    if args.eval_data and Path(args.eval_data).is_file():  # MMAU has several versions
+        about["eval_data_sha256"] = hashlib.sha256(Path(args.eval_data).read_bytes()).hexdigest()
     if args.eval_only:
-        points = []
-        for budget in args.think_budgets or (args.think_budget,):
-            figures, scores, said = test(budget)
-            points.append(
-                {
-                    "budget": budget,
-                    "tokens": figures["reasoning_tokens"],
-                    **scores["total"]["total"],
-                }
-            )
-            if is_main:
-                (run_dir / "samples" / f"predictions-{budget:03d}.json").write_text(
-                    to_json(said, indent=1)
-                )
-                facts = about | {"think_budget": budget, "figures": figures, "scores": scores}
-                (run_dir / f"mmau-{budget:03d}.json").write_text(to_json(facts, indent=2))
-                (run_dir / f"mmau-{budget:03d}.md").write_text(score_table(scores))
-                print(
-                    f"\nthink budget {budget} words, {figures['reasoning_tokens']:.1f} reasoning "
-                    "tokens used"
-                )
-                print(score_table({key: scores[key] for key in ("total", "task")}))
-        if is_main and len(points) > 1:
-            fit = scaling(points)
-            (run_dir / "scaling.json").write_text(
-                to_json(about | {"points": points} | fit, indent=2)
-            )
-            draw_scaling(points, fit, run_dir / "scaling.png")
-            print(", ".join(f"{name} {value:.4g}" for name, value in fit.items()))
-        accelerator.print(f"results in {run_dir}")
+        metrics, scores, said = evaluate(listener, data, plugins, args)
+        if is_main:
+            save_completions(run_dir / "samples/predictions.json", None, 0, said)
+            finish(run_dir, {"final": metrics} | about | {"scores": scores})
         return
 
-    metrics_path = run_dir / "metrics.jsonl" if run_dir else None
-    checkpoint = load_checkpoint(run_dir) if resumed else {}
-    first = checkpoint.get("iteration", 0)
-    if checkpoint:
-        restore_training_state(network, optimizer.optimizer, checkpoint)
-    if is_main:
-        keep_metrics(metrics_path, first if checkpoint else -1)
-    groups, local_groups, group = (
-        args.prompts_per_update,
-        args.prompts_per_update // processes,
-        args.group_size,
-    )
-    own = slice(rank * local_groups, (rank + 1) * local_groups)  # whole groups stay in one process
-    size = sum(parameter.numel() for parameter in trainable)
-    accelerator.print(
-        f"{args.method}, {processes} x {device.type}, {'bf16' if bf16 else 'fp32'}, {size:,} "
-        f"trained parameters\neach iteration {groups} questions x {group} completions of at most "
-        f"{args.max_completion_length} tokens, {args.updates_per_rollout} updates"
-    )
-    if group < 4:
-        accelerator.print(
-            f"warning: --group-size {group}: the mean of so few is a noisy baseline; 8 or more"
-        )
-
-    mix = torch.tensor(args.reward_weights)
-    if checkpoint:
-        base, metrics, scores = checkpoint["base"], checkpoint["metrics"], checkpoint["scores"]
+    # The base model's own figures, or where the run was.
+    if resumed:
+        checkpoint = load_checkpoint(run_dir or Path(args.resume))
+        restore(run_dir if is_main else None, checkpoint, network, optimizer.optimizer)
+        first, base, metrics = (checkpoint[key] for key in ("iteration", "base", "metrics"))
+        scores = checkpoint["scores"]
     else:
-        base, scores, said = test(args.think_budget)
-        metrics = base
-    writer = SummaryWriter(run_dir, purge_step=first + 1 if checkpoint else 0) if is_main else None
-    if is_main and not checkpoint:
-        write_completions(run_dir / "samples" / "000000.json", writer, 0, said)
-        log(metrics_path, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
+        first, (metrics, scores, said) = 0, evaluate(listener, data, plugins, args)
+        base = metrics
+    writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
+    if is_main and not resumed:
+        save_completions(run_dir / "samples/000000.json", writer, 0, said)
+        log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
+    # Whole groups stay in one process.
+    mine = slice(rank * groups // processes, (rank + 1) * groups // processes)
+    local_groups = groups // processes
+    schedule = draw_prompts(data.train, groups, args.iterations, args.seed)
     without_spread = 0
-    bar = tqdm(
-        range(first, args.iterations),
-        args.method,
-        initial=first,
-        total=args.iterations,
-        disable=not is_main,
-    )
+    bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
-        # 1. Rollout: the previous policy's completions, and their rewards. A clip is read and
-        #    encoded once. Every process draws all random numbers and takes those of its own groups,
-        #    so the result does not depend on the number of processes.
-        started = synchronized_time(device)
-        generator = seed_everything(args.seed, iteration + 1)
-        asked = [train[row] for row in draw_prompts(len(train), groups, iteration, args.seed)[own]]
-        prompts = embed(asked, args.think_budget)
-        encoded = synchronized_time(device)
-        uniforms = torch.rand(groups, group, args.max_completion_length, generator=generator)[own]
+        # ---- 1. rollout: the policy's completions, and their rewards. Every process draws all
+        # random numbers and takes its own groups' of them: the result does not depend on their
+        # number.
+        started = time.perf_counter()
+        rng = seed_everything(args.seed, iteration)
+        asked = schedule[iteration - 1][mine]
+        prompts = embed(listener, asked, args.think_budget)
+        encoded = time.perf_counter()
+        uniforms = torch.rand(groups, group, args.max_completion_length, generator=rng)[mine]
         at_once = max(1, args.rollout_batch // group)
-        cuts = [slice(start, start + at_once) for start in range(0, local_groups, at_once)]
-        drawn = [draw(prompts[cut], uniforms[cut], args.temperature) for cut in cuts]
-        longest = max(tokens.shape[2] for tokens, _, _ in drawn)
-        padded = [[F.pad(part, (0, longest - part.shape[2])) for part in parts] for parts in drawn]
-        tokens, mask, sampled_logp = (
-            torch.cat(parts) for parts in zip(*padded, strict=True)
-        )  # [P/processes,G,C]
-        rolled_out = synchronized_time(device)
-        texts, counts, ids = flatten(tokens, mask, decode)
+        tokens, mask, sampled_logp = draw(listener, prompts, uniforms, args.temperature, at_once)
+        texts, counts = read_out(processor, tokens, mask)  # of [P/processes,G,C]
+        rolled_out = time.perf_counter()
         rows = [question.row for question in asked for _ in range(group)]
-        values = score(texts, counts, rows, args.think_budget > 0, args.max_completion_length).to(
-            device
-        )
-        every = (
-            accelerator.gather(values).view(groups, group, len(REWARDS)).cpu()
-        )  # [P,G,R], of all processes
-        reward = every @ mix  # [P,G]
-        rewarded = synchronized_time(device)
+        limits = args.think_budget, args.max_completion_length
+        values = score(texts, counts, rows, *limits, plugins).to(device)
+        values = accelerator.gather(values).view(groups, group, -1).cpu()  # [P,G,R], of all
+        reward = values @ reward_weights  # [P,G]
+        record = {"reward/mean": reward.mean().item(), "reward/std": reward.std(1).mean().item()}
+        constant = (reward == reward[:, :1]).all(dim=1).float().mean().item()
+        record["reward/frac_reward_zero_std"] = constant
+        for i, name in enumerate(names):
+            record[f"reward/{name}"] = values[..., i].mean().item()
+        lengths = accelerator.gather(mask.sum(2).flatten()).float()  # [P*G]
+        ended = (torch.isin(tokens, torch.tensor(stop, device=device)) & mask).any(dim=2)
+        record["completions/mean_length"] = lengths.mean().item()
+        record["completions/clipped_ratio"] = 1 - accelerator.gather(ended.float()).mean().item()
+        rewarded = time.perf_counter()
 
-        # 2. Advantage, and each completion's KL coefficient (eq. 7).
-        advantage = group_advantage(reward)  # [P,G]
+        # ---- 2. advantage, and each completion's KL coefficient (eq. 7)
+        advantage = group_advantage(reward, args.scale_rewards)  # [P,G]
         coefficient = torch.full_like(advantage, args.beta0)
         if args.method == "adrpo":
-            coefficient = adaptive_beta(advantage.flatten(), args.beta0, args.adv_clip_k).view_as(
-                advantage
-            )
-        weights = advantage[own].to(device), coefficient[own].to(device)
+            coefficient = adaptive_beta(advantage, args.beta0, args.adv_clip_k)
+        limit = math.inf if args.adv_clip_k is None else args.adv_clip_k * args.beta0
+        record |= adrpo_statistics(coefficient, advantage, limit)
+        my_advantage, my_coefficient = advantage[mine].to(device), coefficient[mine].to(device)
 
-        # 3. Updates on this rollout, in passes whose gradients add up to that of the mean over all
-        #    completions.
-        decay = (
-            (1 + math.cos(math.pi * iteration / args.iterations)) / 2
-            if args.lr_schedule == "cosine"
-            else 1.0
-        )
+        # ---- 3. updates on this rollout, in passes whose gradients add up to that of the mean over
+        # all completions
+        decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
+        decay = decay if args.lr_schedule == "cosine" else 1.0
         for settings in optimizer.param_groups:
-            settings["lr"] = args.learning_rate * min(1.0, (iteration + 1) / 5) * decay
-        sizes = torch.tensor([max(len(prompt) for prompt in prompts), longest], device=device)
+            settings["lr"] = args.learning_rate * min(1.0, iteration / 5) * decay
+        sizes = torch.tensor([max(map(len, prompts)), tokens.shape[2]], device=device)
         # As many passes in every process.
         sizes = accelerator.gather(sizes).view(-1, 2).amax(0).tolist()
         passes = micro_batches(local_groups, group, *sizes, args.train_tokens)
-        old_logp, ref_logp, sums = {}, {}, torch.zeros(8, device=device)
+        old_logps, ref_logps = {}, {}
+        losses, token_sums = defaultdict(float), defaultdict(float)
         for _ in range(args.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
-            update = torch.zeros(7, device=device)
             for number, (part, columns) in enumerate(passes):
                 kept = mask[part, columns]
                 kept = kept[..., : int(kept.sum(2).max())]
-                completions = tokens[part, columns, : kept.shape[2]]
-                if number not in ref_logp:
+                size = kept.shape[2]
+                completions = tokens[part, columns, :size]
+                question = (prompts[part], completions, args.temperature)
+                if number not in ref_logps:
                     with reference_policy(policy, frozen) as reference:
-                        ref_logp[number], _ = completion_log_probabilities(
-                            reference, prompts[part], completions, args.temperature
-                        )
-                last = number + 1 == len(passes)
-                with contextlib.nullcontext() if last else accelerator.no_sync(network):
-                    logp, entropy = completion_log_probabilities(
-                        network, prompts[part], completions, args.temperature
-                    )
-                    old_logp.setdefault(number, logp.detach())
-                    flat = [
-                        t.flatten(0, 1) for t in (logp, old_logp[number], ref_logp[number], kept)
-                    ]
-                    a, c = [weight[part, columns].flatten() for weight in weights]
+                        ref_logps[number] = completion_log_probabilities(reference, *question)[0]
+                last_pass = number + 1 == len(passes)
+                with contextlib.nullcontext() if last_pass else accelerator.no_sync(network):
+                    logp, entropy = completion_log_probabilities(network, *question)
+                    old_logp = old_logps.setdefault(number, logp.detach())
+                    ref_logp, sampled = ref_logps[number], sampled_logp[part, columns, :size]
+                    logp, old_logp, ref_logp, sampled, entropy, kept = (
+                        tensor.flatten(0, 1)
+                        for tensor in (logp, old_logp, ref_logp, sampled, entropy, kept)
+                    )  # [b,C]
+                    a = my_advantage[part, columns].flatten()  # [b]
+                    c = my_coefficient[part, columns].flatten()
                     share = len(a) / (local_groups * group)
-                    loss = grpo_loss(*flat[:3], a, c, flat[3], args.clip_eps) * share
+                    loss = share * grpo_loss(logp, old_logp, ref_logp, a, c, kept, args.clip_eps)
                     accelerator.backward(loss)
                 with torch.no_grad():
-                    policy_loss = (
-                        grpo_loss(*flat[:3], a, torch.zeros_like(c), flat[3], args.clip_eps) * share
-                    )
-                    ratio, better = (flat[0] - flat[1]).exp(), a[:, None] > 0
-                    clipped = torch.where(
-                        better, ratio > 1 + args.clip_eps, ratio < 1 - args.clip_eps
-                    )
-                    off = (
-                        flat[1] - sampled_logp[part, columns, : kept.shape[2]].flatten(0, 1)
-                    ).abs()
-                    per_token = [
-                        kl_k3(flat[0], flat[2]),
-                        entropy.flatten(0, 1),
-                        clipped & (a[:, None] != 0),
-                        off,
-                    ]
-                    totals = [(value * flat[3]).sum() for value in per_token]
-                    update += torch.stack([loss.detach(), policy_loss, *totals, flat[3].sum()])
+                    none = torch.zeros_like(c)
+                    policy_loss = grpo_loss(logp, old_logp, ref_logp, a, none, kept, args.clip_eps)
+                    losses["losses/total"] += loss.detach()
+                    losses["losses/policy"] += share * policy_loss
+                    clipped = clipped_tokens(logp, old_logp, a, args.clip_eps)
+                    token_sums["kl"] += (kl_k3(logp, ref_logp) * kept).sum()
+                    token_sums["entropy"] += (entropy * kept).sum()
+                    token_sums["clip_ratio/region_mean"] += (clipped * kept).sum()
+                    difference = (old_logp - sampled).abs() * kept
+                    token_sums["sampling/sampling_logp_difference/mean"] += difference.sum()
+                    token_sums["tokens"] += kept.sum()
             grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
             if hasattr(grad_norm, "full_tensor"):  # FSDP
                 grad_norm = grad_norm.full_tensor()
-            update = torch.cat([accelerator.reduce(update, "mean"), grad_norm.to(device).view(1)])
-            if not update.isfinite().all():  # before the step: the weights are still good
-                state = training_state(network, optimizer.optimizer)
-                progress = {
-                    "iteration": iteration,
-                    "metrics": metrics,
-                    "base": base,
-                    "scores": scores,
-                }
-                if is_main:
-                    save_checkpoint(run_dir, progress, state)
-                raise InputError(
-                    f"iteration {iteration}: loss {update[0]:.3g}, gradient norm {update[7]:.3g}; "
-                    "the weights before this step are saved. Lower --learning-rate, or raise "
-                    "--beta0"
-                )
+            losses["losses/grad_norm"] += grad_norm.to(device)
+            loss = accelerator.reduce(losses["losses/total"], "mean")
+            if not (loss + grad_norm.to(device)).isfinite():  # before the step
+                raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
             optimizer.step()
-            sums += update
-        updated = synchronized_time(device)
+        if not all(local(parameter).isfinite().all() for parameter in trainable):
+            raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
+        token_sums = {tag: accelerator.reduce(s, "mean") for tag, s in token_sums.items()}
+        count = token_sums.pop("tokens")
+        for tag, total in losses.items():
+            record[tag] = accelerator.reduce(total, "mean").item() / args.updates_per_rollout
+        record["losses/divergence"] = record["losses/total"] - record["losses/policy"]
+        record |= {tag: (total / count).item() for tag, total in token_sums.items()}
+        updated = time.perf_counter()
 
-        # 4. Log, evaluate, save.
-        done, last = iteration + 1, iteration + 1 == args.iterations
-        lengths = accelerator.gather(mask.sum(2).flatten())
-        ended = torch.tensor([float(one[-1] in stop) for one in ids], device=device)
-        took = synchronized_time(device) - started
-        zero_spread = (reward.std(1) < 1e-8).float().mean().item()
-        record = {"reward/mean": reward.mean().item(), "reward/std": reward.std(1).mean().item()}
-        record |= {"reward/frac_reward_zero_std": zero_spread}
-        record |= {f"reward/{name}": every[..., i].mean().item() for i, name in enumerate(REWARDS)}
-        record |= {"losses/total": (sums[0] / args.updates_per_rollout).item()}
-        record |= {"losses/policy": (sums[1] / args.updates_per_rollout).item()}
-        record |= {"losses/divergence": record["losses/total"] - record["losses/policy"]}
-        record |= {"losses/grad_norm": (sums[7] / args.updates_per_rollout).item()}
-        tags = ("kl", "entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean")
-        record |= dict(zip(tags, (sums[2:6] / sums[6]).tolist(), strict=True))
-        limit = math.inf if args.adv_clip_k is None else args.adv_clip_k * args.beta0
-        record |= coefficient_statistics(coefficient, advantage, limit)
-        record["completions/mean_length"] = lengths.float().mean().item()
-        record["completions/clipped_ratio"] = 1 - accelerator.gather(ended).mean().item()
+        # ---- 4. log, evaluate, save
         record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         record["charts/seconds_audio"] = encoded - started
         record["charts/seconds_rollout"] = rolled_out - encoded
         record["charts/seconds_reward"] = rewarded - rolled_out
         record["charts/seconds_update"] = updated - rewarded
-        record["charts/tokens_per_second"] = lengths.sum().item() / took
-        record["charts/peak_memory_gb"] = peak_memory_gb(device)
-        if last or done % args.eval_every == 0:
-            metrics, scores, said = test(args.think_budget)
+        record["charts/tokens_per_second"] = lengths.sum().item() / (updated - started)
+        if device.type == "cuda":
+            record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        last = iteration == args.iterations
+        evaluates = last or iteration % args.eval_every == 0
+        saves = last or iteration % args.save_every == 0
+        if evaluates:
+            metrics, scores, said = evaluate(listener, data, plugins, args)
             record |= {f"eval/{name}": value for name, value in metrics.items()}
-            if is_main:
-                write_completions(run_dir / "samples" / f"{done:06d}.json", writer, done, said)
-        if is_main:
-            log(metrics_path, writer, done, record)
-            writer.add_histogram("adrpo/coefficient", coefficient, done)
-        bar.set_postfix({name: f"{record[tag]:.4g}" for name, tag in BAR.items()})
-        without_spread = without_spread + 1 if zero_spread > 0.8 else 0
-        if without_spread == 10 and is_main:
-            tqdm.write(
-                "warning: for ten iterations more than 80 % of the groups had one reward for all "
-                "their completions: nothing to learn from; use a finer reward, easier or harder "
-                "prompts, or a larger --group-size"
-            )
-        if last or done % args.save_every == 0:
+        if evaluates or saves:  # every process takes part
             state = training_state(network, optimizer.optimizer)
-            if is_main:
-                progress = {"iteration": done, "metrics": metrics, "base": base, "scores": scores}
-                save_checkpoint(run_dir, progress, state)
+        if is_main:
+            log(run_dir, writer, iteration, record)
+            writer.add_histogram("adrpo/coefficient", coefficient, iteration)
+        if is_main and evaluates:
+            save_completions(run_dir / f"samples/{iteration:06d}.json", writer, iteration, said)
+            if args.keep_adapters and args.lora_rank:
+                folder = run_dir / f"adapters/{iteration:06d}"
+                save_weights(folder, policy.model, state["model"])
+        if is_main and saves:
+            progress = {"iteration": iteration, "base": base, "metrics": metrics, "scores": scores}
+            save_checkpoint(run_dir, progress, state)
+        bar.set_postfix(accuracy=record["reward/accuracy"], kl=record["kl"])
+        without_spread = without_spread + 1 if constant > 0.8 else 0
+        if without_spread == 10 and is_main:
+            tqdm.write(NO_SPREAD)
 
-    # What other tools load, and the whole run in one file.
-    weights_now = training_state(network, optimizer.optimizer)["model"]
+    weights = training_state(network, optimizer.optimizer)["model"]
     if is_main:
         writer.close()
         processor.save_pretrained(run_dir / "final")
-        lines = save_final(run_dir / "final", policy.model, weights_now, args.model_id)
-        summary = {
-            "base": base,
-            "final": metrics,
-            "method": args.method,
-            "iterations": args.iterations,
-        }
-        summary |= about | {"scores": scores}
-        (run_dir / "summary.json").write_text(to_json(summary, indent=2))
-        print(f"{'':22s}{'base':>10s}{'final':>10s}")
-        for name, value in metrics.items():
-            print(f"{name:22s}{base[name]:10.4f}{value:10.4f}")
-        print(score_table({key: scores[key] for key in ("total", "task")}))
-        print(f"completions in {run_dir / 'samples'}. To use the result:\n{lines}")
+        save_weights(run_dir / "final", policy.model, weights)
+        summary = {"base": base, "final": metrics, "iterations": args.iterations}
+        finish(run_dir, summary | {"method": args.method} | about | {"scores": scores})
+        print_loading_lines(run_dir / "final", policy.model, model_name, commit, dtype)
+    del lock
 
 
 if __name__ == "__main__":
-    process = os.environ.get("RANK", "0")
+    flags = [word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"]
+    if len(set(flags)) < len(flags):
+        sys.exit("error: a flag is given twice; give all its values after one")
+    process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
     try:
-        main(tyro.cli(Args, description=__doc__))
-        gc.collect()  # gloo aborts at exit where a wrapped model outlives its process group
+        main(args)
+        gc.collect()  # gloo aborts at exit where tensors outlive its process group
         accelerate.PartialState().wait_for_everyone()
         accelerate.PartialState().destroy_process_group()
     except InputError as error:
-        sys.exit(f"error: {error}" if process == "0" else f"error (process {process}): {error}")
+        sys.exit(f"error{process}: {' '.join(str(error).split())}")  # one line
     except torch.OutOfMemoryError as error:
-        remedy = (
-            "lower --train-tokens, --rollout-batch or --eval-batch, or add --gradient-checkpointing"
-        )
-        sys.exit(
-            f"error: out of GPU memory ({one_line(error)[:120]}); {remedy}; then --resume latest"
-        )
+        smaller = "lower --train-tokens, --rollout-batch or --eval-batch"
+        smaller += ", or add --gradient-checkpointing"
+        sys.exit(f"error: out of memory ({str(error)[:120]}); {smaller}; then --resume latest")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if "No space" not in str(error) and "Read-only" not in str(error):
             raise
-        sys.exit(
-            f"error: --output-dir: cannot be written ({one_line(error)}); make room, then "
-            "--resume latest"
-        )
+        sys.exit(f"error: --output-dir {args.output_dir}: {error}; make room, then --resume latest")
+    except SystemExit as error:
+        raise RuntimeError(f"--reward {args.reward}: the plug-in ended the program") from error
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume latest continues from the newest checkpoint")
+        sys.exit("interrupted; --resume latest goes on from the last checkpoint, if there is one")
