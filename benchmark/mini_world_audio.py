@@ -687,7 +687,7 @@ def measure(
     counts, lengths = (
         [len(ids) for ids in processor.tokenizer(x).input_ids] for x in (texts, thoughts)
     )
-    values = score(texts, counts, rows, budget > 0, MAX_TOKENS)
+    values = score(texts, counts, rows, budget, MAX_TOKENS)
     rambles = torch.tensor(
         [any(sentence in thought for sentence in RAMBLINGS) for thought in thoughts]
     )

@@ -42,9 +42,11 @@ import gc
 import json
 import math
 import re
+import resource
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -227,10 +229,11 @@ def use_random_weights(device: torch.device) -> None:
     lies behind the vocabulary."""
     for kind in (Qwen2AudioForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration):
 
-        def make(folder: str, dtype: torch.dtype, kind=kind) -> transformers.PreTrainedModel:
+        def make(folder: str, dtype: torch.dtype, kind=kind, **_) -> tuple:
             torch.manual_seed(0)
             with device:
-                return kind._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+                model = kind._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+            return model, {"missing_keys": [], "mismatched_keys": []}
 
         setattr(script, kind.__name__, SimpleNamespace(from_pretrained=make))
     special_tokens = script.special_tokens
@@ -247,7 +250,7 @@ def vocabulary(model: torch.nn.Module) -> int:
 def count(flags: script.Args, dtype: torch.dtype) -> dict[str, int]:
     """Parameters of the language model with its head, of the audio tower with its projection, and
     the trained ones."""
-    model = script.load_model(flags, dtype)[0]
+    model = script.load_model(flags.model_id, None, flags, dtype)
     total = {"language": 0, "audio": 0, "trained": 0}
     for name, parameter in model.named_parameters():
         part = "language" if "language_model" in name or "lm_head" in name else "audio"
@@ -261,7 +264,10 @@ def count(flags: script.Args, dtype: torch.dtype) -> dict[str, int]:
 
 
 def now(device: torch.device) -> float:
-    return script.synchronized_time(device)
+    """Wall clock in seconds, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Usual:
@@ -270,7 +276,8 @@ class Usual:
     def __init__(
         self, flags: script.Args, dtype: torch.dtype, device: torch.device, clip: Path
     ) -> None:
-        self.model, self.processor = script.load_model(flags, dtype)  # the same trained weights
+        self.model = script.load_model(flags.model_id, None, flags, dtype)  # the same weights
+        self.processor = AutoProcessor.from_pretrained(flags.model_id)
         # And stock's attention again.
         script.language_model(self.model).set_attn_implementation("sdpa")
         self.model.to(device)
@@ -367,7 +374,8 @@ class Floor:
     def __init__(
         self, flags: script.Args, dtype: torch.dtype, device: torch.device, clip: Path
     ) -> None:
-        model, processor = script.load_model(flags, dtype)
+        model = script.load_model(flags.model_id, None, flags, dtype)
+        processor = AutoProcessor.from_pretrained(flags.model_id)
         self.policy = script.Policy(model, script.special_tokens(model, processor)[1]).to(device)
         self.frozen = None if flags.lora_rank else copy.deepcopy(self.policy).requires_grad_(False)
         self.flags, self.dtype, self.device = flags, dtype, device
@@ -443,7 +451,7 @@ def measure_alone(program: type, arguments: tuple, steps: int) -> tuple[list[flo
     clear_gpu()
     running = program(*arguments)
     seconds = [running.step() for _ in range(steps)]
-    return seconds, script.peak_memory_gb(torch.device("cuda"))
+    return seconds, torch.cuda.max_memory_allocated() / 1e9
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -515,7 +523,7 @@ def compare(
             rows = run_script(
                 flags, lambda: [seconds[name].append(one.step()) for name, one in running.items()]
             )
-            peaks["process"] = rows[-1]["charts/peak_memory_gb"]
+            peaks["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     parts = {
         part: [row[f"charts/seconds_{part}"] for row in rows]
         for part in ("audio", "rollout", "update")
