@@ -74,6 +74,7 @@ from accelerate.utils import gather_object
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.utils.rnn import pad_sequence
@@ -1059,22 +1060,21 @@ class Question(NamedTuple):
 
 
 @dataclasses.dataclass
-class Report:
-    """What reading the data found out, beside the questions."""
+class Data:
+    """The questions of a run, and what reading them found out."""
 
-    sources: dict = dataclasses.field(default_factory=dict)  # by flag, with the commit
-    skipped: list = dataclasses.field(default_factory=list)  # rows and clips without use, and why
-    longer: int = 0  # clips that are cut to what the model hears
-    cancelling: int = 0  # clips whose channels cancel in their mean
-
-
-class Data(NamedTuple):
-    """The questions of a run."""
-
-    train: list[Question]
-    heldout: list[Question]
-    asked: list[dict]  # the rows of heldout, with those whose clips cannot be used
-    report: Report
+    train: list[Question] = dataclasses.field(default_factory=list)
+    heldout: list[Question] = dataclasses.field(default_factory=list)
+    asked: list[dict] = dataclasses.field(default_factory=list)
+    """the rows of heldout, with those whose clips cannot be used"""
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    """train_data and eval_data, with the commit"""
+    skipped: list[dict] = dataclasses.field(default_factory=list)
+    """rows and clips that cannot be used, and why"""
+    longer: int = 0
+    """clips that are cut to what the model hears"""
+    cancelling: int = 0
+    """clips whose channels cancel in their mean"""
 
 
 def read_table(spec: str, split: str | None, test: bool) -> tuple[list[dict], str]:
@@ -1107,8 +1107,7 @@ def read_table(spec: str, split: str | None, test: bool) -> tuple[list[dict], st
             clip_name = path or f"{Path(spec).name}:{split}:{number}"
             rows[number]["audio"] = StoredClip(clip_name, cells, number)
     for row in rows:
-        if "test" in split and "test" not in str(row.get("split")):
-            row["split"] = split
+        row["dataset_split"] = split or None
     if local or not table.cache_files:
         return rows, spec
     # The folder of its cache that the library has read is named after the commit.
@@ -1185,12 +1184,10 @@ def normalise(row: dict) -> dict:
     return row | parts
 
 
-def check_questions(
-    flag: str, spec: str, rows: list[dict], report: Report | None = None
-) -> list[dict]:
-    """The rows that can be used, as ours, with an id; the others go into the report. Raises
+def check_questions(flag: str, spec: str, rows: list[dict], data: Data | None = None) -> list[dict]:
+    """The rows that can be used, as ours, with an id; the others go to `data.skipped`. Raises
     InputError where none can."""
-    report, questions, seen = report or Report(), [], set()
+    data, questions, seen = data or Data(), [], set()
     for number, row in enumerate(rows):
         try:
             question = {"id": number} | normalise(row)
@@ -1198,31 +1195,31 @@ def check_questions(
             if question["id"] in seen:
                 raise ValueError(f"its id {question['id']} is there twice")
         except (ValueError, TypeError, AttributeError, SyntaxError) as error:
-            report.skipped.append({"data": f"--{flag}", "row": number, "reason": str(error)})
+            data.skipped.append({"flag": f"--{flag}", "row": number, "reason": str(error)})
             continue
         seen.add(question["id"])
         questions.append(question)
     if not questions:
-        reason = f"row 0: {report.skipped[-len(rows)]['reason']}" if rows else "it is empty"
+        reason = f"row 0: {data.skipped[-len(rows)]['reason']}" if rows else "it is empty"
         what = f"none of its {len(rows)} rows can be used ({reason})"
         raise InputError(f"--{flag} {spec}: {what}; a row is audio, question, choices, answer")
     return questions
 
 
 def read_questions(
-    flag: str, spec: str, split: str | None = None, report: Report | None = None
+    flag: str, spec: str, split: str | None = None, data: Data | None = None
 ) -> list[dict]:
     """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data. Raises
     InputError for what cannot be read, and as check_questions."""
-    report = report or Report()
+    data = data or Data()
     try:
-        rows, report.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
+        rows, data.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
     except Exception as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}"
         kinds = "a .json, .jsonl, .csv or .parquet file, a folder, or of the hub "
         kinds += f"NAME[:CONFIGURATION][@REVISION], and --{flag.replace('data', 'split')}"
         raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
-    return check_questions(flag, spec, rows, report)
+    return check_questions(flag, spec, rows, data)
 
 
 def opened(clip: Path | StoredClip) -> Path | io.BytesIO:
@@ -1281,12 +1278,12 @@ def find_clips(
     spec: str,
     folder: str | None,
     rows: list[dict],
-    report: Report | None = None,
+    data: Data | None = None,
     seconds: float = 30.0,
 ) -> list[Question]:
-    """The questions whose clips can be used; the others go into the report. Raises InputError where
-    none can."""
-    report, root, clips = report or Report(), Path(folder or Path(spec).parent), []
+    """The questions whose clips can be used; the others go to `data.skipped`. Raises InputError
+    where none can."""
+    data, root, clips = data or Data(), Path(folder or Path(spec).parent), []
     for row in rows:
         audio = row["audio"]
         stored = isinstance(audio, StoredClip)
@@ -1302,56 +1299,56 @@ def find_clips(
     for row, clip in zip(rows, clips, strict=True):
         problem = verdicts[clip][0]
         if problem:
-            entry = {"data": f"--{flag}", "id": row["id"], "clip": str(clip or root / row["audio"])}
-            report.skipped.append(entry | {"reason": problem})
+            entry = {"flag": f"--{flag}", "id": row["id"], "clip": str(clip or root / row["audio"])}
+            data.skipped.append(entry | {"reason": problem})
         else:
             questions.append(Question(row, clip))
     if not questions:
         what = f"none of its {len(rows)} clips can be used ({entry['clip']}: {problem})"
         raise InputError(f"--{flag} {spec}: {what}; see --{flag.replace('data', 'audio-dir')}")
-    report.longer += sum(longer for _, longer, _ in verdicts.values())
-    report.cancelling += sum(cancelling for _, _, cancelling in verdicts.values())
+    data.longer += sum(longer for _, longer, _ in verdicts.values())
+    data.cancelling += sum(cancelling for _, _, cancelling in verdicts.values())
     return questions
 
 
 def load_questions(args: Args, seconds: float) -> Data:
     """Training and evaluation questions, of whose clips the model hears so many seconds. Raises
     InputError, also for training on an evaluation split."""
-    report, train, asked = Report(), [], []
-    places = "train-data", args.train_data, args.audio_dir
+    data, train = Data(), []
+    place = eval_place = ("train-data", args.train_data, args.audio_dir)
     if not args.eval_only:
-        train = read_questions("train-data", args.train_data, args.train_split, report)
+        train = read_questions("train-data", args.train_data, args.train_split, data)
     if args.eval_data:
-        eval_places = "eval-data", args.eval_data, args.eval_audio_dir
-        asked = read_questions("eval-data", args.eval_data, args.eval_split, report)
-    seen = {(Path(str(row["audio"])).name, row["question"]) for row in asked}
-    tests = sum("test" in str(row.get("split", "")) for row in train)
+        eval_place = ("eval-data", args.eval_data, args.eval_audio_dir)
+        data.asked = read_questions("eval-data", args.eval_data, args.eval_split, data)
+    seen = {(Path(str(row["audio"])).name, row["question"]) for row in data.asked}
+    splits = [f"{row.get('split')} {row.get('dataset_split')}" for row in train]
+    tests = sum("test" in split for split in splits)
     common = sum((Path(str(row["audio"])).name, row["question"]) in seen for row in train)
     if (tests or common) and not args.train_on_eval:
         what = f"{tests} rows of a test split, {common} questions that are in --eval-data too"
         raise InputError(f"--train-data has {what}; if that is meant, add --train-on-eval")
     if not args.eval_data:
-        eval_places = places
-        asked, train = train[::10], [row for i, row in enumerate(train) if i % 10]
+        data.asked, train = train[::10], [row for i, row in enumerate(train) if i % 10]
         if not train:
             raise InputError("--train-data: one question cannot be split; give --eval-data")
-    asked = asked[: args.eval_max]
-    train = find_clips(*places, train, report, seconds) if train else []
-    return Data(train, find_clips(*eval_places, asked, report, seconds), asked, report)
+    data.asked = data.asked[: args.eval_max]
+    data.train = find_clips(*place, train, data, seconds) if train else []
+    data.heldout = find_clips(*eval_place, data.asked, data, seconds)
+    return data
 
 
 def describe(data: Data, args: Args, seconds: float) -> str:
     """What the questions are, what is not used, and how the clips are heard."""
-    report = data.report
     note = f"{len(data.train)} training questions, {len(data.heldout)} for evaluation"
     note += "" if args.eval_data else " (every tenth)"
-    note += f"; {report.longer} clips are cut to {seconds:g} s"
-    if report.cancelling:
-        note += f"; channels of {report.cancelling} clips cancel: their loudest one is heard"
-    if report.skipped:
-        clips = sum("clip" in entry for entry in report.skipped)
-        note += f"; {len(report.skipped) - clips} rows and {clips} clips cannot be used: "
-        note += "skipped.json"
+    note += f"; {data.longer} clips are cut to {seconds:g} s"
+    if data.cancelling:
+        note += f"; channels of {data.cancelling} clips cancel: their loudest one is heard"
+    if data.skipped:
+        clips = sum("clip" in entry for entry in data.skipped)
+        rows = len(data.skipped) - clips
+        note += f"; {rows} rows and {clips} clips cannot be used: skipped.json"
     return note
 
 
@@ -1387,30 +1384,25 @@ def find_model(spec: str) -> tuple[str, str | None]:
     return name, Path(path).parent.name
 
 
-def load_processor(name: str, revision: str | None) -> transformers.ProcessorMixin:
-    """The model's processor. Raises InputError where it has none for sounds."""
-    try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-        processor.feature_extractor, processor.tokenizer  # noqa: B018
-    except Exception as error:
-        raise InputError(f"--model-id {name}: no processor for sounds ({error})") from error
-    return processor
-
-
-def load_model(name: str, revision: str | None, args: Args, dtype: torch.dtype) -> nn.Module:
-    """Qwen2-Audio or Qwen2.5-Omni's thinker, its language model reading shared-prompt rows; trained
-    weights in float32, the others in `dtype`. Raises InputError where a loader reports weights that
-    its files do not have."""
+def model_class(name: str, revision: str | None) -> type:
+    """The class of transformers that the model is of. Raises InputError for another."""
     thinker = Qwen2_5OmniThinkerForConditionalGeneration
     kinds = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "qwen2_5_omni": thinker}
     kinds["qwen2_5_omni_thinker"] = thinker
     kind = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).model_type
     if kind not in kinds:
         raise InputError(f"--model-id {name}: a {kind}; must be Qwen2.5-Omni or Qwen2-Audio")
+    return kinds[kind]
+
+
+def load_model(name: str, revision: str | None, args: Args, dtype: torch.dtype) -> nn.Module:
+    """Qwen2-Audio or Qwen2.5-Omni's thinker, its language model reading shared-prompt rows; trained
+    weights in float32, the others in `dtype`. Raises InputError where a loader reports weights that
+    its files do not have."""
     options = {"revision": revision, "dtype": dtype, "output_loading_info": True}
     try:
-        model, report = kinds[kind].from_pretrained(name, **options)
-    except (OSError, RuntimeError, ValueError) as error:
+        model, report = model_class(name, revision).from_pretrained(name, **options)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"--model-id {name}: cannot be loaded ({error})") from error
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
@@ -1702,12 +1694,14 @@ def main(args: Args) -> None:
 
     # What is small and may be refused comes before what is large.
     model_name, commit = find_model(args.model_id)
-    processor = load_processor(model_name, commit)
+    model_class(model_name, commit)
+    options = {"revision": commit, "trust_remote_code": False}
+    processor = AutoProcessor.from_pretrained(model_name, **options)
     window = getattr(processor.feature_extractor, "chunk_length", math.inf)  # of the model, seconds
     seconds = min(args.max_audio_seconds, window)
     data = load_questions(args, seconds)
     sources = {"model_id": model_name if commit is None else f"{model_name}@{commit}"}
-    sources |= data.report.sources
+    sources |= data.sources
     rows = [[question.row for question in part] for part in (data.train, data.heldout)]
     prompts_sha256 = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
     if resumed and prompts_sha256 != stored["prompts_sha256"]:
@@ -1745,8 +1739,8 @@ def main(args: Args) -> None:
     if not resumed:
         run_dir = create_run(args, sources, prompts_sha256) if is_main else None
     lock = lock_run(run_dir) if is_main else None  # held until the process ends
-    if is_main and data.report.skipped:
-        text = json.dumps(data.report.skipped, indent=1, allow_nan=False)
+    if is_main and data.skipped:
+        text = json.dumps(data.skipped, indent=1, allow_nan=False)
         (run_dir / "skipped.json").write_text(text)
     groups, group = args.prompts_per_update, args.group_size
     accelerator.print(
@@ -1760,7 +1754,7 @@ def main(args: Args) -> None:
         * (group < 4)
     )
     about = {"sources": sources, "adapter": args.adapter, "think_budget": args.think_budget}
-    about |= {"questions": len(data.asked), "skipped": len(data.report.skipped)}
+    about |= {"questions": len(data.asked), "skipped": len(data.skipped)}
     if args.eval_data and Path(args.eval_data).is_file():  # MMAU has several versions
         about["eval_data_sha256"] = hashlib.sha256(Path(args.eval_data).read_bytes()).hexdigest()
     if args.eval_only:
@@ -1772,7 +1766,7 @@ def main(args: Args) -> None:
 
     # The base model's own figures, or where the run was.
     if resumed:
-        checkpoint = load_checkpoint(run_dir or Path(args.resume))
+        checkpoint = load_checkpoint(run_dir)
         restore(run_dir if is_main else None, checkpoint, network, optimizer.optimizer)
         first, base, metrics = (checkpoint[key] for key in ("iteration", "base", "metrics"))
         scores = checkpoint["scores"]

@@ -245,7 +245,8 @@ def test_files_are_what_the_script_reads(folder):
     args = script.Args(
         train_data=str(folder / "train.json"), eval_data=str(folder / "heldout.json")
     )
-    assert [len(part) for part in script.load_questions(args)[:2]] == [72, 36]
+    data = script.load_questions(args, 30)
+    assert [len(data.train), len(data.heldout), data.skipped] == [72, 36, []]
 
 
 def test_the_folder_loads_in_stock_transformers(folder):
