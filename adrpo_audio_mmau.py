@@ -106,7 +106,7 @@ NO_SPREAD = (
     "completions: nothing to learn from; use a finer reward, easier or harder questions, or a "
     "larger --group-size"
 )
-LETTER = re.compile(r"\(([A-Z])\)\s*|([A-Z])[.):]\s+")  # before a choice: (A), or A. and a space
+LETTER = re.compile(r"\(([A-Z])\)\s*(?=\S)|([A-Z])[.)]\s+(?=\S)")  # before a choice: (A) or A.
 
 # CESAR's keyword reward, our lists: a part is the number of different entries found over the number
 # that makes it 1.
@@ -186,8 +186,7 @@ class Args:
     train_split: str | None = None
     """split of a data set; default: its only one"""
     eval_data: str | None = None
-    """questions to evaluate on, given like --train-data; default: every tenth of those, not trained
-    on"""
+    """evaluated on, given like --train-data; default: every tenth of those, not trained on"""
     eval_audio_dir: str | None = None
     """folder the clips of --eval-data are relative to; default: that of the file"""
     eval_split: str | None = None
@@ -212,15 +211,13 @@ class Args:
     prompts_per_update: int = 8
     """questions per iteration, over all processes; a multiple of these. Few: noisy updates"""
     group_size: int = 8
-    """completions per question (Ke-Omni-R, CESAR: 8). Their mean reward is the baseline: below 4 it
-    is noise"""
+    """completions per question (Ke-Omni-R, CESAR: 8). Their mean is the baseline: below 4, noise"""
     max_completion_length: int = 256
     """tokens after which a completion is cut off; the overthinking reward's maximum (CESAR: 256)"""
     temperature: float = 1.0
     """of the policy, in rollouts and in training alike (Ke-Omni-R: 1)"""
     rollout_batch: int = 64
-    """completions rolled out at once, per process (at least one group); changes memory and speed,
-    not the result"""
+    """completions sampled at once, per process; changes memory and speed, not the result"""
 
     # ------------------------------------------------------------------------------ fine-tuning
     method: Literal["adrpo", "grpo"] = "adrpo"
@@ -230,14 +227,11 @@ class Args:
     updates_per_rollout: int = 1
     """optimiser steps on one rollout, each on all of it; above 1 the clipped ratio matters"""
     beta0: float = 0.04
-    """KL coefficient of a completion with A = 0 (the paper: 0.04). Larger: closer to the
-    reference"""
+    """KL coefficient where A = 0 (the paper: 0.04). Larger: closer to the reference"""
     adv_clip_k: float | None = 1.0
-    """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; 0.5 and 2 are its Table 3);
-    None = no clip"""
+    """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; its Table 3: .5, 2), or None"""
     scale_rewards: Literal["group", "none"] = "group"
-    """divide A by the group's standard deviation (GRPO), or not (Dr. GRPO): with it nearly every A
-    is beyond the clip"""
+    """divide A by the group's std (GRPO: nearly every A is beyond the clip then), or not"""
     clip_eps: float = 0.2
     """clip the ratio to 1 +- this"""
     learning_rate: float = 5e-6
@@ -249,8 +243,7 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient norm clip"""
     train_tokens: int = 4096
-    """tokens per forward and backward pass, padding included, per process; changes memory and
-    speed, not the result"""
+    """tokens per pass, padding included, per process; changes memory and speed, not the result"""
 
     # ---------------------------------------------------------------- evaluation, checkpoints
     eval_every: int = 100
@@ -1065,16 +1058,13 @@ class Data:
 
     train: list[Question] = dataclasses.field(default_factory=list)
     heldout: list[Question] = dataclasses.field(default_factory=list)
+    # The rows of heldout, with those whose clips cannot be used.
     asked: list[dict] = dataclasses.field(default_factory=list)
-    """the rows of heldout, with those whose clips cannot be used"""
-    sources: dict[str, str] = dataclasses.field(default_factory=dict)
-    """train_data and eval_data, with the commit"""
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)  # by flag, with the commit
+    # Rows and clips that cannot be used, and why.
     skipped: list[dict] = dataclasses.field(default_factory=list)
-    """rows and clips that cannot be used, and why"""
-    longer: int = 0
-    """clips that are cut to what the model hears"""
-    cancelling: int = 0
-    """clips whose channels cancel in their mean"""
+    longer: int = 0  # clips that are cut to what the model hears
+    cancelling: int = 0  # clips whose channels cancel in their mean
 
 
 def read_table(spec: str, split: str | None, test: bool) -> tuple[list[dict], str]:
