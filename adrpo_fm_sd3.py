@@ -5,17 +5,15 @@ sample has its own divergence weight, `beta0 - A`, where A is its advantage over
 of its prompt. Beside it, measured alike: ORW-CFM-W2 (arXiv 2502.06061), RAFT (arXiv 2304.06767)
 and Diffusion-DPO for flow matching (arXiv 2311.12908).
 
-The stock pipeline of diffusers samples and decodes. The method needs its samples and velocities,
-nothing else: the script watches which question the pipeline asks its transformer, proves at the
-start of a run that it is flow matching, and asks the same question at the training points. So
-Stable Diffusion 3 is the default, and other flow-matching pipelines are tuned by the same lines.
+The stock pipeline of diffusers samples and decodes. The script watches which question it asks its
+transformer, proves at the start of a run that it is flow matching, and asks the same question at
+the training points: Stable Diffusion 3 is the default, others are tuned by the same lines. The
+policy is a LoRA; with the LoRA switched off the same network is the reference.
 
     x_t = (1 - s) x1 + s noise     x1 a sample of the policy; diffusers counts s from image to noise
     u   = noise - x1               the velocity of that path, and what the transformer predicts
     A   = R(x1, c) - mean of R over the group of the same prompt c
     L   = A |v(x_t) - u|^2 + (beta0 - A) |v(x_t) - v_ref(x_t)|^2      mean over a sample's elements
-
-The policy is a LoRA; with the LoRA switched off the same network is the reference.
 
 Ours, where we depart from the paper or it is silent: A is divided by the batch's standard deviation
 and clipped to +-k beta0 in both terms (--adv-norm none --adv-clip-k None: eq. 6); rollouts use
@@ -31,8 +29,9 @@ Without a GPU: benchmark/mini_world_sd3.py makes a small trained world on which 
 learns in minutes. Equations, metrics, results, time and memory: docs/adrpo_fm_sd3.md.
 """
 
-import csv
+import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -63,8 +62,6 @@ import tyro
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2 import functional as TF
@@ -74,7 +71,16 @@ from tqdm import tqdm
 SCRIPT = "adrpo_fm_sd3"
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 PROJECTIONS += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "reward", "w2"}
+TAKEN_TAGS = {
+    "mean",
+    "std",
+    "frac_reward_zero_std",
+    "reward",
+    "w2",
+    "latents",
+    "images",
+    "features",
+}
 TAKEN_TAGS |= {"clip_diversity", "clip_distance", "clip_diversity_ratio", "clip_distance_ratio"}
 DIVERGED = "lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
 
@@ -106,8 +112,8 @@ class Args:
     """rank of the LoRA (flow_grpo)"""
     lora_alpha: int = 64
     """its update is scaled by alpha / rank (flow_grpo)"""
-    lora_targets: tuple[str, ...] = ()
-    """ends of the linear layers' names; default: the attention's projections (flow_grpo)"""
+    lora_targets: tuple[str, ...] = PROJECTIONS
+    """ends of the linear layers' names; default: those of the attention that the model has"""
     t5: bool = True
     """--no-t5 leaves SD3's largest text encoder out (9.5 GB in bf16), for less prompt following"""
     max_sequence_length: int | None = None
@@ -118,8 +124,6 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = False
     """torch.compile the transformer's blocks: minutes of start-up first"""
-    vae_slicing: bool = False
-    """decode images one by one: less memory"""
 
     # ---------------------------------------------------------------------------------- prompts
     prompts: str = "shunk031/DrawBench@refs/convert/parquet"
@@ -154,8 +158,7 @@ class Args:
     num_steps: int = 10
     """steps of a rollout (flow_grpo)"""
     guidance_scale: float = 4.5
-    """classifier-free, of rollouts and evaluation (flow_grpo); 1 = none, at half the cost. A
-    transformer that is told its guidance is told this one in training too"""
+    """of rollouts and evaluation (flow_grpo); 1 = none, at half the cost. FLUX.1-dev is told it"""
     rollout_batch: int = 16
     """images sampled and scored at once, per process; changes memory and speed, not the result"""
 
@@ -177,15 +180,13 @@ class Args:
     train_batch: int = 4
     """points per forward and backward pass and process; changes memory and speed, not the result"""
     learning_rate: float = 3e-4
-    """AdamW (flow_grpo's for LoRA); lower it if gradients or W2 run away"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """after five iterations of warm-up: constant, or a cosine to zero"""
+    """AdamW's after five iterations of warm-up (flow_grpo's for LoRA); lower it if W2 runs away"""
     weight_decay: float = 1e-4
     """AdamW (flow_grpo)"""
     max_grad_norm: float = 1.0
     """gradient norm clip (flow_grpo)"""
 
-    # --------------------------------------------------------------------- adrpo and baselines
+    # ---------------------------------------------------------------------- adrpo and baselines
     beta0: float = 0.25
     """adrpo: baseline divergence weight (ours, for A in units of its spread); |A| / beta0: how far
     targets are extrapolated from the reference. Smaller: more reward, more drift"""
@@ -203,7 +204,7 @@ class Args:
     dpo_online: bool = False
     """dpo: draw the pairs from the policy instead of the base model"""
 
-    # ---------------------------------------------------------------- evaluation, checkpoints
+    # ------------------------------------------------------------------ evaluation, checkpoints
     eval_every: int = 20
     """iterations between evaluations on fixed noise"""
     eval_images: int = 4
@@ -290,17 +291,16 @@ def dpo_fm_loss(v_w, v_w_ref, u_w, v_l, v_l_ref, u_l, beta_dpo: float) -> Tensor
 
 # ----------------------------------------------------------------------------------------- rollout
 def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    """A generator from `numbers`, and every global random state, which a plug-in may use, from
+    other words of the same seed sequence."""
+    own, others = map(int, np.random.SeedSequence(numbers).generate_state(2))
+    random.seed(others)
+    np.random.seed(others)
+    torch.manual_seed(others)
+    return torch.Generator().manual_seed(own)
 
 
-def draw_prompts(
-    prompts: list[str], per_update: int, iterations: int, seed: int
-) -> list[list[str]]:
+def draw_prompts(prompts: list[str], per_update: int, iterations: int, seed: int) -> list:
     """The prompts of each iteration: one pass after the other over all, each shuffled anew."""
     drawn = []
     while len(drawn) < per_update * iterations:
@@ -328,15 +328,13 @@ def flow_matching_point(x1: Tensor, noise: Tensor, s: Tensor) -> tuple[Tensor, T
 
 
 class PromptMemory:
-    """Stands for a pipeline's encode_prompt: encodes a text once, by itself, and then answers from
-    memory (on the CPU) for any number of images, so that the text encoders can be freed."""
+    """Stands for a pipeline's encode_prompt: encodes each text once and remembers it (CPU)."""
 
     def __init__(self, pipe: DiffusionPipeline, guided: bool):
-        self.pipe, self.guided, self.encode = pipe, guided, pipe.encode_prompt
+        self.pipe, self.encode, self.guided = pipe, pipe.encode_prompt, guided
         self.signature = inspect.signature(pipe.encode_prompt)
         self.known = {}  # text and arguments -> what encode_prompt returned
         self.shapes = {}  # text -> the shapes of that
-        self.rows = []  # which of the results have a row a text
         pipe.encode_prompt = self
 
     @torch.no_grad()
@@ -345,39 +343,26 @@ class PromptMemory:
         prompts, device = given.pop("prompt"), given.pop("device", None) or self.pipe.device
         if "do_classifier_free_guidance" in self.signature.parameters:
             given["do_classifier_free_guidance"] = self.guided  # serves calls without it as well
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        texts = list(dict.fromkeys(prompts))
-        keys = [repr((text, sorted(given.items()))) for text in texts]
-        for text, key in zip(texts, keys, strict=True):
+        answers = []
+        for text in [prompts] if isinstance(prompts, str) else prompts:
+            key = repr((text, sorted(given.items())))
             if key not in self.known:
-                self.known[key] = self.remember(text, device, given)
-        index = torch.tensor([texts.index(prompt) for prompt in prompts], device=device)
-        answer = []
-        for i, has_rows in enumerate(self.rows):
-            parts = [self.known[key][i] for key in keys]
-            if has_rows:  # repeated, not expanded: a view gives other sums in bfloat16
-                answer.append(torch.cat(parts).to(device)[index])
-            else:
-                answer.append(parts[0] if parts[0] is None else parts[0].to(device))
-        return tuple(answer)
-
-    def remember(self, text: str, device: torch.device, given: dict) -> list[Tensor | None]:
-        """encode_prompt's results for one text. Raises InputError where they are not tensors."""
-        results = self.encode(prompt=text, device=device, **given)
-        if not all(part is None or isinstance(part, Tensor) for part in results):
-            kind = type(self.pipe).__name__
-            raise InputError(f"--model-id: a {kind} cannot be tuned: it encodes prompts as lists")
-        if not self.rows:
-            twice = self.encode(prompt=[text, text], device=device, **given)
-            pairs = zip(results, twice, strict=True)
-            self.rows = [one is not None and len(two) == 2 * len(one) for one, two in pairs]
-        results = [part if part is None else part.cpu() for part in results]
-        self.shapes[text] = [part.shape for part in results if part is not None]
-        # What all prompts share, such as the empty prompt's embedding, is kept once.
-        for i, other in enumerate(next(iter(self.known.values()), [])):
-            if other is not None and results[i] is not None and torch.equal(results[i], other):
-                results[i] = other
-        return results
+                results = self.encode(prompt=text, device=device, **given)
+                tensors = all(part is None or isinstance(part, Tensor) for part in results)
+                need(self.pipe, tensors, "it encodes prompts as lists")
+                results = [part if part is None else part.cpu() for part in results]
+                # What all prompts share, such as the empty prompt's embedding, is kept once.
+                for i, old in enumerate(next(iter(self.known.values()), [])):
+                    if old is not None and results[i] is not None and torch.equal(old, results[i]):
+                        results[i] = old
+                self.known[key] = results
+                self.shapes[text] = [part.shape for part in results if part is not None]
+            answers.append(self.known[key])
+        joined = []
+        for parts in zip(*answers, strict=True):  # a row a prompt, or one tensor for all
+            part = parts[0] if parts[0] is None or len(parts[0]) > 1 else torch.cat(parts)
+            joined.append(part if part is None else part.to(device))
+        return tuple(joined)
 
 
 class Flow(NamedTuple):
@@ -397,13 +382,12 @@ class Flow(NamedTuple):
 
 
 def call(flow: Flow, prompts: list[str], guided: bool, num_steps: int, **more):
-    """The pipeline's own call for these prompts, with classifier-free guidance or without. A scale
-    that the transformer is told is no such guidance, and always given."""
-    names = inspect.signature(flow.pipe.__call__).parameters
+    """The pipeline's own call for these prompts, with classifier-free guidance or without."""
+    # A scale that the transformer is told is no such guidance: it is always given.
     told = getattr(flow.pipe.transformer.config, "guidance_embeds", False)
     scale = flow.guidance_scale if guided or told else 1.0
     options = flow.options | {"num_inference_steps": num_steps, "guidance_scale": scale}
-    if "true_cfg_scale" in names and not told:
+    if "true_cfg_scale" in inspect.signature(flow.pipe.__call__).parameters and not told:
         options["true_cfg_scale"] = options.pop("guidance_scale")
         options["negative_prompt"] = [""] * len(prompts) if scale > 1 else None
     return flow.pipe(prompt=prompts, **options, **more)
@@ -413,55 +397,55 @@ class AtTheDoor(Exception):
     """Leaves a pipeline's call where it asks its transformer."""
 
 
-class Watch:
-    """A call of the pipeline seen from inside: what its transformer is asked and its scheduler is
-    handed. leave: the call ends at the transformer's door; ones: it answers with ones."""
+@contextlib.contextmanager
+def watch(pipe: DiffusionPipeline, leave: bool = False) -> Iterator[tuple[list, list]]:
+    """What a call asks the transformer, as keyword arguments, and the steps of its scheduler, as
+    (v, sigma, x). leave: the call ends at the transformer's door."""
+    transformer, scheduler, step = pipe.transformer, pipe.scheduler, pipe.scheduler.step
+    forward, asked, stepped = inspect.signature(transformer.forward), [], []
 
-    def __init__(self, pipe: DiffusionPipeline, leave: bool = False, ones: bool = False):
-        self.pipe, self.leave, self.ones, self.asked, self.stepped = pipe, leave, ones, [], []
-
-    def __enter__(self) -> "Watch":
-        transformer, self.step = self.pipe.transformer, self.pipe.scheduler.step
-        before = transformer.register_forward_pre_hook(self.see_question, with_kwargs=True)
-        self.hooks = [before, transformer.register_forward_hook(self.see_answer)]
-        self.pipe.scheduler.step = self.see_step
-        return self
-
-    def __exit__(self, kind: type | None, *rest) -> bool:
-        for hook in self.hooks:
-            hook.remove()
-        del self.pipe.scheduler.step
-        return kind is AtTheDoor
-
-    def see_question(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
-        question = dict(inspect.signature(transformer.forward).bind(*args, **kwargs).arguments)
-        self.asked.append(question | question.pop("kwargs", {}))
-        if self.leave:
+    def see_question(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        question = dict(forward.bind(*args, **kwargs).arguments)
+        asked.append(question | question.pop("kwargs", {}))
+        if leave:
             raise AtTheDoor
 
-    def see_answer(self, transformer: nn.Module, args: tuple, answer: tuple) -> tuple | None:
-        return (torch.ones_like(answer[0]),) if self.ones else None
+    def see_step(v: Tensor, timestep: Tensor, x: Tensor, *args, **kwargs):
+        stepped.append((v.float(), float(scheduler.sigmas[scheduler.step_index or 0]), x))
+        return step(v, timestep, x, *args, **kwargs)
 
-    def see_step(self, v: Tensor, timestep: Tensor, x: Tensor, *args, **kwargs):
-        sigma = float(self.pipe.scheduler.sigmas[self.pipe.scheduler.step_index or 0])
-        self.stepped.append((v.float(), sigma, x))
-        return self.step(v, timestep, x, *args, **kwargs)
+    hook = transformer.register_forward_pre_hook(see_question, with_kwargs=True)
+    scheduler.step = see_step
+    try:
+        yield asked, stepped
+    except AtTheDoor:
+        pass
+    finally:
+        hook.remove()
+        del scheduler.step
 
 
 def ask(flow: Flow, prompts: list[str]) -> dict:
-    """The question that the pipeline asks its transformer about these prompts, without guidance:
-    forward's keyword arguments, a row a prompt where they have rows."""
-    with Watch(flow.pipe, leave=True) as seen:
+    """What the pipeline asks its transformer about these prompts, without guidance: arguments."""
+    with watch(flow.pipe, leave=True) as (asked, _):
         call(flow, prompts, guided=False, num_steps=1, output_type="latent")
-    return seen.asked[0]
+    return asked[0]
 
 
 def velocity(flow: Flow, question: dict, x: Tensor, s: Tensor) -> Tensor:
-    """Velocity from image to noise, float32 [B,...], at points x [B,...] and times s [B] in [0,1]:
-    the pipeline's question at another point."""
+    """Velocity from image to noise, float32 [B,...], at points x [B,...] and times s [B]."""
     asked_time = (flow.offset + flow.slope * s).to(flow.time_dtype)
     point = {"hidden_states": x.to(flow.dtype), "timestep": asked_time, "return_dict": False}
     return flow.sign * flow.pipe.transformer(**question | point)[0].float()
+
+
+@torch.no_grad()
+def reference_velocity(flow: Flow, question: dict, x: Tensor, s: Tensor) -> Tensor:
+    """The same of the model without its LoRA."""
+    flow.pipe.transformer.disable_adapters()
+    v_ref = velocity(flow, question, x, s)
+    flow.pipe.transformer.enable_adapters()
+    return v_ref
 
 
 def batches(flow: Flow, prompts: list[str], size: int) -> Iterator[slice]:
@@ -495,28 +479,44 @@ def sample(flow: Flow, prompts: list[str], noise: Tensor, num_steps: int) -> tup
 
 
 @torch.no_grad()
-def rollout(flow: Flow, rewards: dict, prompts: list[str], rows: list[dict], noise: Tensor, args):
-    """x1 [B,...] of prompts [B] from noise [B,...], its rewards [B,R], and the seconds of these."""
-    latents, values, seconds = [], [], 0.0
-    for part in batches(flow, prompts, args.rollout_batch):
-        x1, images = sample(flow, prompts[part], noise[part], args.num_steps)
+def sample_and_score(flow: Flow, functions: dict, prompts: list, rows: list, noise, steps, batch):
+    """`latents` of prompts [B] with metadata `rows`, from noise [B,...], and by name what
+    `functions` give for their images; and the seconds of these functions."""
+    found, seconds = defaultdict(list), 0.0
+    for part in batches(flow, prompts, batch):
+        latents, images = sample(flow, prompts[part], noise[part], steps)
+        found["latents"].append(latents)
         started = time.perf_counter()  # each part ends with a value read from the device
-        scores = [score(n, f, images, prompts[part], rows[part]) for n, f in rewards.items()]
-        latents.append(x1)
-        values.append(torch.stack(scores, dim=1))
+        for name, function in functions.items():
+            found[name].append(function(images, prompts[part], rows[part]))
         seconds += time.perf_counter() - started
-    return torch.cat(latents), torch.cat(values), seconds
+    return {name: torch.cat(parts) for name, parts in found.items()}, seconds
 
 
-def describe_spread(base_mean: float, base_std: float, args: Args) -> str:
-    """The base model's rewards within a prompt, and what beta0 asks for. Raises InputError where
-    they cannot be a unit."""
-    if args.adv_norm == "base" and base_std <= 1e-6 * abs(base_mean):
+@torch.no_grad()
+def rollout(flow: Flow, judges, prompts: list, rows: dict, mine: slice, rng, accelerator, args):
+    """A group of samples of each of these prompts [P], metadata in `rows`: x1 [B,...] of the groups
+    `mine`, this process's, the rewards [P,G,R] of all, and their seconds."""
+    # Every process draws all of the noise: the result does not depend on their number.
+    noise = torch.randn(len(prompts), args.group_size, *flow.shape, generator=rng)[mine]
+    prompts = [prompt for prompt in prompts[mine] for _ in range(args.group_size)]
+    functions = {name: judges.functions[name] for name in judges.weights}
+    options = noise.flatten(0, 1), args.num_steps, args.rollout_batch
+    own_rows = [rows[prompt] for prompt in prompts]
+    found, seconds = sample_and_score(flow, functions, prompts, own_rows, *options)
+    values = accelerator.gather(torch.stack([found[name] for name in functions], dim=1))
+    return found["latents"], values.unflatten(0, (-1, args.group_size)), seconds
+
+
+def measure_spread(reward: Tensor, args: Args) -> tuple[float, str]:
+    """Spread of the base model's rewards [P,G] within a prompt, what beta0 asks for; InputError."""
+    mean, std = reward.mean().item(), reward.var(dim=1).mean().sqrt().item()
+    if args.adv_norm == "base" and std <= 1e-6 * abs(mean):
         raise InputError("--reward: the base model's are all equal; --adv-norm none goes on")
     # To first order the optimum's mean reward is Cov(R, A) / beta0 above the base model's.
-    gain = (base_std**2 if args.adv_norm == "none" else base_std) / args.beta0
-    spread = f"base reward {base_mean:.3f} +- {base_std:.3f} within a prompt"
-    return f"{spread}; beta0 {args.beta0:g} asks for {gain:+.3f}"
+    gain = (std**2 if args.adv_norm == "none" else std) / args.beta0
+    spread = f"base reward {mean:.3f} +- {std:.3f} within a prompt"
+    return std, f"{spread}; beta0 {args.beta0:g} asks for {gain:+.3f}"
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -546,58 +546,39 @@ def pairwise_distance(features: Tensor) -> Tensor:
     return torch.stack([torch.pdist(group).mean() for group in features.float()])
 
 
-class Judges(NamedTuple):
-    """What scores the images of a run: functions (images, prompts, metadata) -> [B] by tag."""
-
-    trained: dict[str, Callable]
-    measured: dict[str, Callable]  # in evaluations, beside these
-    weights: Tensor  # [R], of the trained ones in their sum
-    clip: "Clip"
-
-
 @torch.no_grad()
-def evaluate(flow: Flow, judges: Judges, eval_set: EvalSet, accelerator, args: Args):
+def evaluate(flow: Flow, judges: "Judges", eval_set: EvalSet, accelerator, args: Args):
     """Every eval/* figure of the policy; its images uint8 [N,3,H,W] and latents [N,...], CPU."""
     count = len(eval_set.prompts)
     share = math.ceil(count / accelerator.num_processes)  # the last processes do some once more
     mine = [(accelerator.process_index * share + i) % count for i in range(share)]
     prompts, rows = [eval_set.prompts[i] for i in mine], [eval_set.rows[i] for i in mine]
     noise, x_t, s = (part[mine] for part in (eval_set.noise, eval_set.x_t, eval_set.s))
-    functions = judges.trained | judges.measured
-    found = defaultdict(list)
+    functions = judges.functions | {"features": lambda images, *_: judges.clip.image(images)}
+    functions["images"] = lambda images, *_: (images * 255).round().byte()
+    options = rows, noise, args.eval_steps, args.rollout_batch
+    found, _ = sample_and_score(flow, functions, prompts, *options)
+    w2 = []  # ORW-CFM-W2's bound: the velocities' distance at fixed points and times
     for part in batches(flow, prompts, args.rollout_batch):
-        latents, images = sample(flow, prompts[part], noise[part], args.eval_steps)
-        for name, function in functions.items():
-            found[name].append(score(name, function, images, prompts[part], rows[part]))
-        # W2 (ORW-CFM-W2's bound): the velocities' distance at fixed points and times.
         question = ask(flow, prompts[part])
-        point = x_t[part].to(images.device), s[part].to(images.device)
-        v = velocity(flow, question, *point)
-        flow.pipe.transformer.disable_adapters()
-        v_ref = velocity(flow, question, *point)
-        flow.pipe.transformer.enable_adapters()
-        found["w2"].append(mean_square(v - v_ref))
-        found["features of images"].append(judges.clip.image(images))
-        found["images"].append((images * 255).round().byte())
-        found["latents"].append(latents)
-    whole = {name: accelerator.gather(torch.cat(parts))[:count] for name, parts in found.items()}
-    features = whole["features of images"].unflatten(0, (-1, args.eval_images))  # [P,G,D]
-    figures = {name: whole[name].mean().item() for name in (*functions, "w2")}
-    trained = torch.stack([whole[name].mean() for name in judges.trained])  # [R]
-    figures["reward"] = (trained * judges.weights).sum().item()
+        point = x_t[part].to(accelerator.device), s[part].to(accelerator.device)
+        v, v_ref = velocity(flow, question, *point), reference_velocity(flow, question, *point)
+        w2.append(mean_square(v - v_ref))
+    found["w2"] = torch.cat(w2)
+    whole = {name: accelerator.gather(part)[:count] for name, part in found.items()}
+    features = whole["features"].unflatten(0, (-1, args.eval_images))  # [P,G,D]
+    figures = {name: whole[name].mean().item() for name in (*judges.functions, "w2")}
+    figures["reward"] = sum(weight * figures[name] for name, weight in judges.weights.items())
     figures["clip_diversity"] = pairwise_diversity(features).mean().item()
     figures["clip_distance"] = pairwise_distance(features).mean().item()
     for name in ("clip_diversity", "clip_distance"):
         base = eval_set.base.get(name, figures[name])
         figures[f"{name}_ratio"] = figures[name] / base if base else None  # equal base images
-    if not math.isfinite(figures["w2"]):
-        raise InputError(f"the policy's velocities are not finite numbers: {DIVERGED}")
     return figures, whole["images"].cpu(), whole["latents"].cpu()
 
 
 def save_samples(run_dir: Path, writer: SummaryWriter, step: int, images: Tensor, args) -> None:
-    """The first 16 prompts of images uint8 [N,3,H,W] on one sheet, a row each, of up to 8 images;
-    at the end every image as PPPP_II.png (prompt, image)."""
+    """16 prompts, a row each, of images uint8 [N,3,H,W] on a sheet; at the end every image."""
     rows = images.unflatten(0, (-1, args.eval_images))[:16, :8]
     sheet = make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], padding=2)
     save_image(sheet, run_dir / f"samples/{step:06d}.png")
@@ -615,9 +596,12 @@ class Clip:
     def __init__(self, name: str, pretrained: str | None, device: torch.device):
         pretrained = None if name.startswith("local-dir:") else pretrained
         # OpenAI's weights were trained with another GELU than the architecture of that name has.
-        known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
-        options = {"force_quick_gelu": bool((known or {}).get("quick_gelu")), "device": device}
+        known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+        options = {"force_quick_gelu": bool(known.get("quick_gelu")), "device": device}
         model = open_clip.create_model(name, pretrained, require_pretrained=True, **options)
+        self.source = name if pretrained is None else f"{name}:{pretrained}"
+        if known.get("hf_hub"):  # the folder of the file in the hub's cache is named by the commit
+            self.source += f"@{Path(open_clip.download_pretrained(known)).parent.name}"
         self.model, self.device = model.eval().requires_grad_(False), device
         self.tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_preprocess_cfg(model)
@@ -637,57 +621,28 @@ class Clip:
         features = self.model.encode_text(tokens, normalize=True).float()
         return features[[unique.index(prompt) for prompt in prompts]]
 
-
-def clip_reward(clip: Clip) -> Callable:
-    """CLIP score: 100 cos(image, prompt)."""
-    return lambda images, prompts, metadata: (
-        100 * (F.normalize(clip.image(images)) * clip.text(prompts)).sum(1)
-    )
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        """The reward `clip`: 100 cos(image, prompt)."""
+        return 100 * (F.normalize(self.image(images)) * self.text(prompts)).sum(1)
 
 
-def load_plugins(flag: str, specs: tuple[str, ...], taken: set[str]) -> dict[str, Callable | None]:
-    """The function of each FILE.py:function by its tag; `clip` waits (None) for its model. Raises
-    InputError for what is neither, and for a tag of `taken`, to which the tags are added."""
-    functions = {}
-    for spec in specs:
-        path, _, name = spec.rpartition(":")
-        if name in taken:
-            raise InputError(f"{flag} {spec}: the tag {name} is taken; rename the function")
-        if spec != "clip" and not (path.endswith(".py") and Path(path).is_file()):
-            raise InputError(f"{flag} {spec}: give clip or FILE.py:function")
-        taken.add(name)
-        functions[name] = None
-        if spec != "clip":
-            module_name = f"reward_plugin_{Path(path).stem}"
-            module_spec = importlib.util.spec_from_file_location(module_name, path)
-            module = importlib.util.module_from_spec(module_spec)
-            sys.modules[module_name] = module  # where dataclasses and pickle look it up
-            module_spec.loader.exec_module(module)
-            functions[name] = getattr(module, name)
-    return functions
-
-
-def build_judges(args: Args, train: dict[str, dict], device: torch.device) -> Judges:
-    """Rewards, metrics and CLIP, tried on two grey images: a wrong plug-in is found at once."""
-    taken = set(TAKEN_TAGS)
-    trained = load_plugins("--reward", args.reward, taken)
-    more = tuple(spec for spec in args.eval_metrics if spec not in args.reward)
-    measured = load_plugins("--eval-metrics", more, taken)
-    clip = Clip(args.clip_model, args.clip_pretrained, device)
-    for functions in (trained, measured):
-        functions |= {"clip": clip_reward(clip)} if "clip" in functions else {}
-    grey = torch.full((2, 3, args.resolution, args.resolution), 0.5, device=device)
-    prompt, row = next(iter(train.items()))
-    for name, function in (trained | measured).items():
-        score(name, function, grey, [prompt] * 2, [row] * 2)
-    weights = torch.tensor(args.reward_weights or [1.0] * len(trained), device=device)
-    return Judges(trained, measured, weights, clip)
+def load_plugin(spec: str) -> Callable:
+    """The function that FILE.py:function names. Raises InputError where there is no such file."""
+    path, _, name = spec.rpartition(":")
+    if not (path.endswith(".py") and Path(path).is_file()):
+        raise InputError(f"--reward, --eval-metrics {spec}: give clip or FILE.py:function")
+    module_name = f"reward_plugin_{Path(path).stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.append(str(Path(path).parent))
+    sys.modules[module_name] = module  # where dataclasses and pickle look it up
+    module_spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 @torch.no_grad()
 def score(name: str, function: Callable, images: Tensor, prompts: list, rows: list) -> Tensor:
-    """One reward of images [B,3,H,W] -> float32 [B] on their device. Raises InputError when it
-    returns another number of values, or one that is not finite."""
+    """One reward of images [B,3,H,W] -> float32 [B]. Raises InputError when it gives others."""
     values = function(images, prompts, rows)
     rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
     if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
@@ -696,25 +651,51 @@ def score(name: str, function: Callable, images: Tensor, prompts: list, rows: li
     return rewards
 
 
+class Judges(NamedTuple):
+    """What scores the images of a run."""
+
+    functions: dict[str, Callable]  # by tag: (images, prompts, metadata) -> [B]
+    weights: dict[str, float]  # of those that are trained on, in their sum
+    clip: Clip
+    sources: dict[str, str]  # their models with their revisions, as far as they say
+
+
+def load_judges(args: Args, train: dict[str, dict], device: torch.device) -> Judges:
+    """Rewards and metrics, tried on two grey images. Raises InputError where two have one tag."""
+    plugins = {}
+    for spec in (*args.reward, *[spec for spec in args.eval_metrics if spec not in args.reward]):
+        name = spec.rpartition(":")[2]
+        if name in TAKEN_TAGS | plugins.keys():
+            raise InputError(f"--reward, --eval-metrics {spec}: the tag {name} is taken; rename it")
+        plugins[name] = None if spec == "clip" else load_plugin(spec)
+    clip = Clip(args.clip_model, args.clip_pretrained, device)
+    functions, sources = {}, {"clip": clip.source}
+    grey = torch.full((2, 3, args.resolution, args.resolution), 0.5, device=device)
+    prompt, row = next(iter(train.items()))
+    for name, plugin in plugins.items():
+        functions[name] = functools.partial(score, name, plugin or clip.score)
+        functions[name](grey, [prompt] * 2, [row] * 2)
+        if plugin:
+            sources |= getattr(sys.modules[plugin.__module__], "SOURCES", {})
+    weights = dict(zip(plugins, args.reward_weights or [1.0] * len(args.reward), strict=False))
+    return Judges(functions, weights, clip, sources)
+
+
 # -------------------------------------------------------------------------------------------- data
 def read_rows(spec: str, split: str | None) -> tuple[list, str]:
     """The rows of a file, or of NAME[:CONFIGURATION][@REVISION], and the source with its commit."""
     path = Path(spec)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet  # comes with datasets
-
-        return pyarrow.parquet.read_table(path).to_pylist(), spec
-    if path.suffix in (".txt", ".jsonl", ".json", ".csv"):
+    if path.suffix in (".txt", ".jsonl", ".json"):
         text = path.read_bytes().decode("utf-8-sig")  # without the mark that some editors write
-        if path.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline=""))), spec
         if path.suffix == ".json" and text.lstrip().startswith("["):
             return json.loads(text), spec
         lines = [line for line in text.split("\n") if line.strip()]
         return lines if path.suffix == ".txt" else [json.loads(line) for line in lines], spec
 
-    import datasets  # here, because it is slow to import and files do not need it
+    import datasets  # here, because it is slow to import and these files do not need it
 
+    if path.suffix in (".csv", ".parquet"):
+        return list(datasets.load_dataset(path.suffix[1:], data_files=spec)["train"]), spec
     name, _, revision = spec.partition("@")
     name, _, configuration = name.partition(":")
     parts = datasets.load_dataset(name, configuration or None, revision=revision or None)
@@ -727,8 +708,8 @@ def read_rows(spec: str, split: str | None) -> tuple[list, str]:
 
 
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
-    """Unique prompts in their order, each one's other columns, which rows are not used, and the
-    source with its commit. Raises InputError where there is no prompt."""
+    """Unique prompts in their order, each one's other columns, a note on rows that are not used,
+    the source with its commit. Raises InputError where there is no prompt."""
     try:
         rows, source = read_rows(spec, split)
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
@@ -736,51 +717,53 @@ def load_rows(flag: str, spec: str, column: str | None, split: str | None):
         reason = f"{type(error).__name__}: {error.__cause__ or error}"
         kinds = "a .txt, .jsonl, .json, .csv or .parquet file, or NAME[:CONFIGURATION][@REVISION]"
         raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
-    found = list(dict.fromkeys(key for row in rows for key in row))
-    known = [name for name in ("prompt", "prompts", "text", "caption") if name in found]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    known = [name for name in ("prompt", "prompts", "text", "caption") if name in columns]
     column = column or next(iter(known), "prompt")
-    unique, repeated = {}, 0
-    usable = [row for row in rows if isinstance(row.get(column), str) and row[column].strip()]
-    for row in usable:
-        others = {key: value for key, value in row.items() if key != column}
-        repeated += row[column].strip() in unique
-        unique.setdefault(row[column].strip(), others)
+    texts = [row.pop(column, None) for row in rows]
+    texts = [text.strip() if isinstance(text, str) else "" for text in texts]
+    unique, empty = {}, texts.count("")
+    for text, row in zip(texts, rows, strict=True):
+        unique.setdefault(text, row)  # of a repeated prompt the first row counts
+    unique.pop("", None)
     if not unique:
-        columns = f"no text in column {column} (columns: {', '.join(map(str, found))})"
-        raise InputError(f"--{flag} {spec}: {columns}; see --prompt-column")
-    empty = len(rows) - len(usable)
-    unused = (
-        f"--{flag}: of {len(rows)} rows {empty} without a prompt, {repeated} repeated: not used"
-    )
-    return list(unique), list(unique.values()), unused if empty + repeated else "", source
+        what = f"no text in column {column} (columns: {', '.join(columns)})"
+        raise InputError(f"--{flag} {spec}: {what}; see --prompt-column")
+    repeated = len(rows) - empty - len(unique)
+    note = f"--{flag}: of {len(rows)} rows {empty} without a prompt, {repeated} repeated: not used"
+    return list(unique), list(unique.values()), note if empty + repeated else "", source
 
 
 def load_prompts(args: Args) -> tuple[dict[str, dict], dict[str, dict], str, dict[str, str]]:
     """Training and held-out prompts with their metadata, a note on them, and their sources."""
     options = args.prompt_column, args.prompt_split
-    prompts, rows, unused, source = load_rows("prompts", args.prompts, *options)
-    train, sources, notes = dict(zip(prompts, rows, strict=True)), {"prompts": source}, [unused]
+    prompts, rows, note, source = load_rows("prompts", args.prompts, *options)
+    train, sources, notes = dict(zip(prompts, rows, strict=True)), {"prompts": source}, [note]
     if args.eval_prompts:
-        prompts, rows, unused, source = load_rows("eval-prompts", args.eval_prompts, *options)
+        prompts, rows, note, source = load_rows("eval-prompts", args.eval_prompts, *options)
         heldout, sources["eval_prompts"] = dict(zip(prompts, rows, strict=True)), source
-        common = len(train.keys() & heldout.keys())
-        note = f"{common} of the {len(heldout)} evaluation prompts are trained on"
-        notes += [note + ": that is not held-out" if common else note, unused]
+        notes.append(note)
     else:
         heldout = dict(list(train.items())[::10])
-        train = {prompt: row for prompt, row in train.items() if prompt not in heldout}
+        train = {prompt: row for prompt, row in train.items() if prompt not in heldout} or train
         notes.append(f"every tenth of --prompts ({len(heldout)}) is held out for evaluation")
-        if not train:
-            remedy = "one prompt cannot be split; give --eval-prompts"
-            raise InputError(f"--prompts {args.prompts}: {remedy}")
+    common = len(train.keys() & heldout.keys())
+    note = f"{common} of the {len(heldout)} evaluation prompts are trained on"
+    notes.append(note + ": that is not held-out" * (common > 0))
     heldout = dict(list(heldout.items())[: args.eval_max_prompts])
+    sources["prompts_sha256"] = hashlib.sha256(repr((train, heldout)).encode()).hexdigest()
     return train, heldout, "; ".join(filter(None, notes)), sources
 
 
 # --------------------------------------------------------------------------- models and reference
+def need(pipe: DiffusionPipeline, holds: bool, why: str) -> None:
+    """Raise InputError, naming the pipeline, unless this holds."""
+    if not holds:
+        raise InputError(f"--model-id: a {type(pipe).__name__} cannot be tuned: {why}")
+
+
 def find_model(spec: str) -> tuple[str, str | None]:
-    """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
-    found before gigabytes are fetched. A folder has no commit. Raises InputError."""
+    """Name and commit of NAME[@REVISION] of the hub, by its smallest file; or InputError."""
     name, _, revision = spec.partition("@")
     if (Path(spec) / "model_index.json").is_file():
         return spec, None
@@ -798,11 +781,10 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline on the CPU, frozen, in `dtype` but the autoencoder. Raises InputError where a
     network's own loader reports weights that its files do not have."""
-    libraries = {"diffusers": diffusers, "transformers": transformers}
     parts = dict.fromkeys(leave_out)
     for part, source in DiffusionPipeline.load_config(name, revision=revision).items():
         library, kind = source if isinstance(source, list) else (None, None)
-        kind = getattr(libraries.get(library), str(kind), None)
+        kind = getattr(sys.modules.get(library), str(kind), None)
         if part in leave_out or not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
             continue
         options = {"subfolder": part, "revision": revision, "output_loading_info": True}
@@ -819,16 +801,14 @@ def load_pipeline(
     options = {"revision": revision, "dtype": dtype, "trust_remote_code": False}
     pipe = DiffusionPipeline.from_pretrained(name, **options, **parts)
     networks = {part for part, value in pipe.components.items() if isinstance(value, nn.Module)}
-    if networks - parts.keys() or not {"transformer", "vae"} <= networks:
-        what = f"needs transformer and vae, of diffusers and transformers only: {networks}"
-        raise InputError(f"--model-id: a {type(pipe).__name__} cannot be tuned: {what}")
+    what = f"needs transformer and vae, of diffusers and transformers only: {networks}"
+    need(pipe, {"transformer", "vae"} <= networks <= parts.keys(), what)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def open_flow(pipe: DiffusionPipeline, args: Args, prompts: list[str], device) -> Flow:
-    """The pipeline on the device, with every prompt encoded and the text encoders freed. Raises
-    InputError where it cannot be called as this script does."""
+    """The pipeline on the device, every prompt encoded, the text encoders freed; or InputError."""
     names = inspect.signature(pipe.__call__).parameters
     options = {"height": args.resolution, "width": args.resolution}
     if args.max_sequence_length is not None:
@@ -836,100 +816,85 @@ def open_flow(pipe: DiffusionPipeline, args: Args, prompts: list[str], device) -
     if "use_resolution_binning" in names:  # would draw at another resolution than asked for
         options["use_resolution_binning"] = False
     unknown = {*options, "latents", "callback_on_step_end", "guidance_scale"} - names.keys()
-    if unknown:
-        kind = type(pipe).__name__
-        raise InputError(f"--model-id: a {kind} cannot be tuned: it does not take {unknown}")
+    need(pipe, not unknown, f"it does not take {unknown}")
     flow = Flow(pipe, PromptMemory(pipe, args.guidance_scale > 1), options, args.guidance_scale)
-    networks = {part for part, value in pipe.components.items() if isinstance(value, nn.Module)}
-    for part in networks - {"transformer", "vae"}:
-        getattr(pipe, part).to(device)
+    parts = {part: value for part, value in pipe.components.items() if isinstance(value, nn.Module)}
+    encoders = parts.keys() - {"transformer", "vae"}
+    for part in encoders:
+        parts[part].to(device)
     for prompt in tqdm(prompts, "encode prompts", leave=False, disable=len(prompts) < 64):
         ask(flow, [prompt])
-    for part in networks - {"transformer", "vae"}:
-        setattr(pipe, part, None)
+    pipe.register_modules(**dict.fromkeys(encoders))
+    del parts
     gc.collect()
     torch.cuda.empty_cache()
     pipe.transformer.to(device)
     pipe.vae.to(device)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
-    if args.vae_slicing:
-        pipe.vae.enable_slicing()
     return flow
 
 
 @torch.no_grad()
 def prove(flow: Flow, prompt: str) -> tuple[Flow, float]:
-    """How the pipeline asks its transformer, found and proven on a call of four steps: sigma falls
-    from at most 1 to exactly 0, a plain Euler step, one question a step, time one of s, 1000 s,
-    1 - s, 1000 (1 - s), and at each step the pipeline's own velocity for our question. Returns the
-    flow and the largest error, in units of the noise. Raises InputError: no flow matching."""
-    pipe, prompts = flow.pipe, [prompt, prompt]
-    refusal = f"--model-id: a {type(pipe).__name__} cannot be tuned: "
+    """How the pipeline asks its transformer, proven at each step of a call of four: its velocity is
+    that of our question, sigma falls to 0, time is linear in it, the first step is Euler's. Returns
+    the flow and the largest error, in units of the noise. Raises InputError: no flow matching."""
+    pipe, scheduler, prompts = flow.pipe, flow.pipe.scheduler, [prompt, prompt]
     question = ask(flow, prompts)
-    if not {"hidden_states", "timestep"} <= question.keys() or not hasattr(
-        pipe.scheduler, "sigmas"
-    ):
-        what = f"its transformer is asked for {sorted(question)}, or its scheduler has no sigmas"
-        raise InputError(refusal + what)
-    with Watch(pipe, ones=True) as constant:
-        call(flow, prompts, guided=False, num_steps=1, output_type="latent")
-    with Watch(pipe) as seen:
+    usual = {"hidden_states", "timestep"} <= question.keys()
+    need(pipe, usual, f"its transformer is asked for {sorted(question)}")
+    need(pipe, hasattr(scheduler, "sigmas"), "its scheduler has no sigmas")
+    with watch(pipe) as (asked, stepped):
         call(flow, prompts, guided=False, num_steps=4, output_type="latent")
-    if not len(seen.asked) == len(seen.stepped) == 4:
-        raise InputError(f"{refusal}it asks its transformer {len(seen.asked)} times in 4 steps")
-    sigmas = [sigma for _, sigma, _ in seen.stepped] + [float(pipe.scheduler.sigmas[-1])]
-    falls = all(one > other for one, other in zip(sigmas, sigmas[1:], strict=False))
-    if not (sigmas[0] <= 1.001 and falls and sigmas[-1] == 0):
-        raise InputError(f"{refusal}its sigmas {sigmas} do not fall from 1 to 0: no flow matching")
-
-    times = [float(asked["timestep"].flatten()[0]) for asked in seen.asked]
+    once = len(asked) == len(stepped) == 4
+    need(pipe, once, f"it asks its transformer {len(asked)} times in 4 steps")
+    sigmas = [sigma for _, sigma, _ in stepped] + [float(scheduler.sigmas[-1])]
+    falls = sigmas[0] <= 1.001 and sigmas[-1] == 0 and sigmas == sorted({*sigmas}, reverse=True)
+    need(pipe, falls, f"its sigmas {sigmas} do not fall from 1 to 0: no flow matching")
+    times = [float(each["timestep"].flatten()[0]) for each in asked]
     gaps = {}
     for offset, slope in ((0, 1), (0, 1000), (1, -1), (1000, -1000)):
         pairs = zip(sigmas, times, strict=False)
         gaps[offset, slope] = max(abs(offset + slope * s - t) / abs(slope) for s, t in pairs)
     offset, slope = min(gaps, key=gaps.get)
-    if not gaps[offset, slope] <= 5e-3:
-        raise InputError(f"{refusal}its time {times} is no linear function of sigma {sigmas}")
-
+    linear = gaps[offset, slope] <= 5e-3
+    need(pipe, linear, f"its time {times} is no linear function of sigma {sigmas}")
     x, time_dtype = question["hidden_states"], question["timestep"].dtype
-    sign = constant.stepped[0][0].mean().item()  # an untrained transformer's own answer may be 0
+    answers, moved = [], []
+    for own, (_, _, point) in zip(asked, stepped, strict=True):
+        own = {name: own[name] for name in ("hidden_states", "timestep")} | {"return_dict": False}
+        answers.append(pipe.transformer(**question | own)[0].float())
+        moved.append(own["hidden_states"].float() - point.to(x.dtype).float())
+    answers, velocities = torch.stack(answers), torch.stack([v for v, _, _ in stepped])
+    # Of an untrained transformer, which answers 0, the sign is that of its time.
+    signs = (math.copysign(1, slope), -math.copysign(1, slope))
+    errors = {sign: (sign * answers - velocities).abs().max() for sign in signs}
+    sign = min(errors, key=errors.get)
+
+    (v, s, x_0), (_, s_next, x_1) = stepped[:2]
+    size = x_0.float().abs().max()  # of the noise
+    step_error = ((x_0.float() + (s_next - s) * v - x_1.float()).abs().max() / size).item()
+    error = (torch.stack([errors[sign], torch.stack(moved).abs().max()]).max() / size).item()
+    follows = error <= 1e-3 and step_error <= 1e-2  # false for NaN
+    what = f"its velocity is off by {error:.1g}, its first step by {step_error:.1g}"
+    need(pipe, follows, f"it does not follow its transformer's velocity: {what}")
     found = {"shape": tuple(x.shape[1:]), "sign": sign, "offset": offset, "slope": slope}
     found["time_dtype"] = time_dtype if time_dtype.is_floating_point else torch.float32
-    found |= {"dtype": x.dtype, "noise_dtype": seen.stepped[0][2].dtype}
-    flow = flow._replace(**found)
-    errors = []
-    for (v, _, x), asked in zip(seen.stepped, seen.asked, strict=True):
-        own = question | {name: asked[name] for name in ("hidden_states", "timestep")}
-        answer = flow.sign * pipe.transformer(**own | {"return_dict": False})[0].float()
-        errors.append((answer - v).abs().max())
-        errors.append((asked["hidden_states"] - x.to(flow.dtype)).float().abs().max())
-    (v, s, x), (_, s_next, x_next) = seen.stepped[:2]
-    step_error = (x.float() + (s_next - s) * v - x_next.float()).abs().max()
-    size = x.float().abs().max()  # of the noise
-    error, step_error = (torch.stack(errors).max() / size).item(), (step_error / size).item()
-    if not (abs(flow.sign) == 1 and error <= 1e-3 and step_error <= 1e-2):
-        what = f"sign {flow.sign:g}, velocity off by {error:.1g}, first step by {step_error:.1g}"
-        raise InputError(f"{refusal}it does not follow its transformer's velocity ({what})")
-    return flow, error
+    return flow._replace(**found, dtype=x.dtype, noise_dtype=x_0.dtype), error
 
 
 def add_lora(transformer: nn.Module, args: Args) -> list[nn.Parameter]:
     """A LoRA in float32 on a frozen transformer, of random A and zero B; its parameters."""
-    linear = [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
-    ends = [f"attn.{end}" for end in PROJECTIONS]
-    if not any(name.endswith(tuple(ends)) for name in linear):
-        ends = PROJECTIONS
-    found = [end for end in ends if any(name.endswith(f".{end}") for name in linear)]
-    options = {"target_modules": list(args.lora_targets) or found, "lora_alpha": args.lora_alpha}
-    config = LoraConfig(r=args.lora_rank, init_lora_weights="gaussian", **options)
+    options = {"target_modules": list(args.lora_targets), "lora_alpha": args.lora_alpha}
+    config = peft.LoraConfig(r=args.lora_rank, init_lora_weights="gaussian", **options)
     transformer.add_adapter(config)
     cast_training_params(transformer, torch.float32)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
 # --------------------------------------------------------------------------------------- run files
-def create_run(args: Args, sources: dict, prompts_sha256: str) -> Path:
+def create_run(args: Args, sources: dict[str, str]) -> Path:
     """Create the run's folder with args.json in it. Raises InputError where it cannot."""
     name = f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.output_dir) / (args.run_name or name)
@@ -938,61 +903,56 @@ def create_run(args: Args, sources: dict, prompts_sha256: str) -> Path:
     record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv}
     libraries = (torch, diffusers, transformers, peft, accelerate, open_clip)
     versions = {"python": sys.version} | {lib.__name__: lib.__version__ for lib in libraries}
-    record |= {"git_commit": None if failed else commit, "versions": versions}
-    record |= {"sources": sources, "prompts_sha256": prompts_sha256}
+    record |= {"git_commit": None if failed else commit, "versions": versions, "sources": sources}
     try:
-        (folder / "samples").mkdir(parents=True)
-        (folder / "final").mkdir()
+        folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
-    (folder / "args.json").write_text(json.dumps(record, indent=2, allow_nan=False))
+    for part in ("samples", "final"):
+        (folder / part).mkdir()
+    (folder / "args.json").write_text(json.dumps(record, indent=2))
     return folder
 
 
-def find_run(args: Args) -> tuple[Args, Path, dict]:
-    """The flags, the folder and args.json of the run that --resume names. Raises InputError."""
+def find_run(args: Args) -> tuple[Args, Path, dict[str, str]]:
+    """Flags (pinned to commits), folder and sources of the run that --resume names; InputError."""
     folder = Path(args.resume)
     if args.resume == "latest":
-        runs = Path(args.output_dir).glob("*/args.json")
-        runs = [file for file in runs if f'"script": "{SCRIPT}"' in file.read_text()]
-        folder = max(
-            runs, key=lambda file: file.stat().st_mtime_ns, default=folder / "args.json"
-        ).parent
+        files = Path(args.output_dir).glob("*/args.json")
+        files = [file for file in files if json.loads(file.read_text())["script"] == SCRIPT]
+        folder = max(files, key=os.path.getmtime, default=folder / "args.json").parent
     if not args.resume or not any(folder.glob("checkpoint*.pt")):
         raise InputError(f"--resume {args.resume}: no checkpoint in {folder}; start a new run")
     record = json.loads((folder / "args.json").read_text())
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
-    stored = Args(**kept)
-    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv}
-    for field in dataclasses.fields(Args):
-        name, value, kept = field.name, getattr(args, field.name), getattr(stored, field.name)
-        given = f"--{name.replace('_', '-')}" in words or value != field.default
-        if given and value != kept and name not in ("resume", "output_dir"):
-            raise InputError(
-                f"--{name.replace('_', '-')}: the resumed run has {kept}; leave it out"
-            )
-    return dataclasses.replace(stored, **record["sources"]), folder, record
+    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
+    stored = Args(**flags)
+    given = vars(tyro.cli(Args, default=stored))  # the command line on top of the run's flags
+    for name in flags.keys() - {"resume", "output_dir"}:
+        if given[name] != flags[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: the resumed run has {flags[name]}; leave it out")
+    pinned = {name: source for name, source in record["sources"].items() if name in flags}
+    return dataclasses.replace(stored, **pinned), folder, record["sources"]
 
 
-def lock_run(run_dir: Path) -> TextIO | None:
-    """A lock that lives as long as the returned file. Raises InputError where another process has
-    it: two would write one run."""
-    if os.name == "nt":
-        return None
-    import fcntl  # not on Windows
-
+def lock_run(run_dir: Path) -> TextIO:
+    """A lock that lives as long as the returned file; InputError where another process has it."""
     file = (run_dir / "args.json").open()
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"--resume: another process is writing {run_dir}") from error
+    with contextlib.suppress(ImportError):  # on Windows nothing is locked
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--resume: another process is writing {run_dir}") from error
     return file
 
 
 def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
     """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
+    row = {"step": step, **record}
     with (run_dir / "metrics.jsonl").open("a") as file:
-        print(json.dumps({"step": step, **record}, allow_nan=False), file=file, flush=True)
+        print(json.dumps(row, allow_nan=False), file=file, flush=True)
         os.fsync(file.fileno())  # a checkpoint counts on it
     for tag, value in record.items():
         if value is not None:
@@ -1026,27 +986,9 @@ def load_checkpoint(run_dir: Path) -> dict:
         raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
 
 
-def save_checkpoint(run_dir: Path, iteration: int, metrics: dict, lora: list, optimizer) -> None:
-    """The trained weights, the optimiser and the position, with the length of metrics.jsonl."""
-    state = {"iteration": iteration, "metrics": metrics, "optimizer": optimizer.state_dict()}
-    state |= {"lora": [parameter.detach() for parameter in lora]}
-    state |= {"metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size}
-    write_safely(run_dir / "checkpoint.pt", state)
-
-
-def restore(run_dir: Path | None, checkpoint: dict, lora: list, optimizer) -> None:
-    """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
-    for parameter, value in zip(lora, checkpoint["lora"], strict=True):
-        parameter.data.copy_(value)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if run_dir is not None:
-        path = run_dir / "metrics.jsonl"
-        os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
-
-
 def save_lora(folder: Path, pipe: DiffusionPipeline) -> None:
     """The LoRA as any pipeline of this kind loads it. Without the metadata its alpha is lost."""
-    weights = get_peft_model_state_dict(pipe.transformer)
+    weights = peft.get_peft_model_state_dict(pipe.transformer)
     metadata = pipe.transformer.peft_config["default"].to_dict()
     layers = {"transformer_lora_layers": weights, "transformer_lora_adapter_metadata": metadata}
     pipe.save_lora_weights(folder, **layers)
@@ -1068,18 +1010,15 @@ def finish(run_dir: Path, summary: dict, model: tuple[str, str | None, torch.dty
 # -------------------------------------------------------------------------------------------- main
 def check_args(args: Args, processes: int) -> None:
     """Raise InputError for flags that cannot work."""
-    for name, value in vars(args).items():
-        values = value if isinstance(value, tuple) else (value,)
-        lowest = 0 if name in ("seed", "alpha", "weight_decay") else 1e-30
-        lowest = -math.inf if name == "reward_weights" else lowest
-        numbers = [number for number in values if type(number) in (int, float)]
-        if not all(math.isfinite(number) and number >= lowest for number in numbers):
-            flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
-            raise InputError(f"{flag}: must be {'finite' if lowest < 0 else 'positive'}")
+    lowest = {"seed": 0, "alpha": 0, "weight_decay": 0, "reward_weights": -1e30}
+    for flag, given in vars(args).items():
+        values = given if isinstance(given, tuple) else (given,)
+        numbers = [value for value in values if type(value) in (int, float)]
+        if not all(lowest.get(flag, 1e-30) <= number < math.inf for number in numbers):
+            flag = f"--{flag.replace('_', '-')} {' '.join(map(str, values))}"
+            raise InputError(f"{flag}: must be a finite number, and positive (a weight: any)")
     if min(args.group_size, args.eval_images) < 2:
         raise InputError("--group-size, --eval-images: at least 2, the others are the baseline")
-    if args.guidance_scale < 1:
-        raise InputError(f"--guidance-scale {args.guidance_scale}: 1 (no guidance) or more")
     if args.method == "dpo" and (args.group_size % 2 or args.train_batch % 2):
         raise InputError("--group-size, --train-batch: must be even for dpo, of pairs")
     if args.prompts_per_update % processes:
@@ -1100,7 +1039,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 def main(args: Args) -> None:
     resumed = args.resume is not None
     if resumed:
-        args, run_dir, stored = find_run(args)
+        args, run_dir, recorded = find_run(args)
     accelerator = accelerate.Accelerator(cpu=args.cpu)
     device, is_main = accelerator.device, accelerator.is_main_process
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -1113,33 +1052,33 @@ def main(args: Args) -> None:
     # What is small and may be refused comes before what is large.
     model_name, commit = find_model(args.model_id)
     train, heldout, note, sources = load_prompts(args)
-    sources["model_id"] = model_name if commit is None else f"{model_name}@{commit}"
-    prompts_sha256 = hashlib.sha256(repr((train, heldout)).encode()).hexdigest()
-    if resumed and prompts_sha256 != stored["prompts_sha256"]:
-        raise InputError(f"--prompts {args.prompts}: other prompts than when the run began")
-    judges = build_judges(args, train, device)
+    judges = load_judges(args, train, device)
+    sources |= {"model_id": f"{model_name}@{commit}" if commit else model_name, **judges.sources}
+    if resumed and sources != recorded:
+        changed = [name for name in sources | recorded if sources.get(name) != recorded.get(name)]
+        raise InputError(f"--resume: {', '.join(changed)}: not what the run began with")
 
     # The pipeline, with the prompts that this run will draw, proven; its LoRA.
     leave_out = () if args.t5 else ("text_encoder_3", "tokenizer_3")
     pipe = load_pipeline(model_name, commit, dtype, leave_out)
     schedule = draw_prompts(list(train), args.prompts_per_update, args.iterations, args.seed)
-    drawn = dict.fromkeys([prompt for prompts in schedule for prompt in prompts])
-    flow = open_flow(pipe, args, [*(drawn | dict.fromkeys([*heldout, ""]))], device)
-    flow, error = prove(flow, schedule[0][0])
+    drawn = [prompt for prompts in schedule for prompt in prompts]
+    flow = open_flow(pipe, args, list(dict.fromkeys([*drawn, *heldout, ""])), device)
+    flow, error = prove(flow, drawn[0])
     transformer = pipe.transformer
-    seed_everything(args.seed)
+    rng = seed_everything(args.seed)
+    torch.manual_seed(rng.initial_seed())  # of the LoRA's first weights
     lora = add_lora(transformer, args)
     optimizer = torch.optim.AdamW(lora, lr=args.learning_rate, weight_decay=args.weight_decay)
     if args.compile:
         transformer.compile_repeated_blocks()
 
     if not resumed:
-        run_dir = create_run(args, sources, prompts_sha256) if is_main else None
+        run_dir = create_run(args, sources) if is_main else None
     lock = lock_run(run_dir) if is_main else None  # held until the process ends
     groups, group = args.prompts_per_update, args.group_size
     # Whole groups stay in one process.
     my_groups = slice(rank * groups // processes, (rank + 1) * groups // processes)
-    mine = slice(my_groups.start * group, my_groups.stop * group)
     accelerator.print(
         f"{run_dir}: {args.method}, {processes} x {device.type}, {dtype}, "
         f"{sum(parameter.numel() for parameter in lora):,} trained parameters\n"
@@ -1147,9 +1086,9 @@ def main(args: Args) -> None:
         f"{flow.sign:+.0f}, velocity equal to {error:.0e}\n{len(train)} training prompts, "
         f"{len(heldout)} for evaluation; {note}\neach iteration {groups} prompts x {group} images, "
         f"{args.updates_per_iteration} updates, {args.timesteps_per_sample} points an image in each"
-        + "\nwarning: --group-size: the mean of so few images is a noisy baseline"
-        * (group < 4)
     )
+    if group < 4:
+        accelerator.print("warning: --group-size: the mean of so few images is a noisy baseline")
 
     # What every evaluation shares, and the base model's own figures: the LoRA is still zero.
     rng = seed_everything(args.seed, 0)
@@ -1161,28 +1100,29 @@ def main(args: Args) -> None:
         base = torch.load(run_dir / "base.pt", weights_only=True)
     else:
         metrics, images, latents = evaluate(flow, judges, eval_set, accelerator, args)
-        base = {"metrics": metrics, "latents": latents, "reward_mean": 0.0, "reward_std": None}
+        base = {"metrics": metrics, "latents": latents, "reward_std": None, "spread": ""}
     s = (torch.randperm(len(prompts), generator=rng) + 0.5) / len(prompts)
     x_t, _ = flow_matching_point(base["latents"], torch.randn(noise.shape, generator=rng), s)
     eval_set = eval_set._replace(x_t=x_t, s=s, base=base["metrics"])
 
-    if args.method == "adrpo" and args.adv_norm in ("base", "none"):
-        if not resumed:  # one rollout of the base model: the unit of adrpo's advantage
-            rng = seed_everything(args.seed, 0, 1)
-            prompts = [prompt for prompt in schedule[0] for _ in range(group)][mine]
-            rows = [train[prompt] for prompt in prompts]
-            noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
-            _, values, _ = rollout(flow, judges.trained, prompts, rows, noise, args)
-            reward = (accelerator.gather(values) * judges.weights).sum(1).view(groups, group)
-            base["reward_mean"] = reward.mean().item()
-            base["reward_std"] = reward.var(dim=1).mean().sqrt().item()
-        accelerator.print(describe_spread(base["reward_mean"], base["reward_std"], args))
+    weights = torch.tensor(list(judges.weights.values()), device=device)  # [R]
+    if not resumed and args.method == "adrpo" and args.adv_norm in ("base", "none"):
+        # One rollout of the base model: the unit of adrpo's advantage.
+        rng = seed_everything(args.seed, 0, 1)
+        options = (my_groups, rng, accelerator, args)
+        _, values, _ = rollout(flow, judges, schedule[0], train, *options)
+        base["reward_std"], base["spread"] = measure_spread((values * weights).sum(2), args)
+    accelerator.print(base["spread"])
 
     first, metrics = 0, base["metrics"]
     if resumed:
         checkpoint = load_checkpoint(run_dir)
         first, metrics = checkpoint["iteration"], checkpoint["metrics"]
-        restore(run_dir if is_main else None, checkpoint, lora, optimizer)
+        for parameter, value in zip(lora, checkpoint["lora"], strict=True):
+            parameter.data.copy_(value)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if is_main:  # drops what was logged since
+            os.truncate(run_dir / "metrics.jsonl", checkpoint["metrics_bytes"])
     writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
     if is_main and not resumed:
         write_safely(run_dir / "base.pt", base)
@@ -1194,32 +1134,29 @@ def main(args: Args) -> None:
     regularised = args.method in ("adrpo", "dpo") or (args.method == "orw" and args.alpha > 0)
     bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
-        # ---- 1. rollout: x1 from the policy (eq. 6), and its reward. Every process draws all of
-        # the noise and takes its own groups of it: the result does not depend on their number.
+        # ---- 1. rollout: x1 from the policy (eq. 6), and its reward
         started = time.perf_counter()
         rng = seed_everything(args.seed, iteration)
-        prompts = [prompt for prompt in schedule[iteration - 1] for _ in range(group)][mine]
-        rows = [train[prompt] for prompt in prompts]
-        noise = torch.randn(groups * group, *flow.shape, generator=rng)[mine]
+        prompts = schedule[iteration - 1]
         if offline:  # pairs of the base model
             transformer.disable_adapters()
-        x1, values, seconds_reward = rollout(flow, judges.trained, prompts, rows, noise, args)
+        options = (my_groups, rng, accelerator, args)
+        x1, values, seconds_reward = rollout(flow, judges, prompts, train, *options)
         if offline:
             transformer.enable_adapters()
-        values = accelerator.gather(values).unflatten(0, (groups, group))  # [P,G,R], of all
-        reward = (values * judges.weights).sum(2)  # [P,G]
-        record = {"reward/mean": reward.mean().item(), "reward/std": reward.std().item()}
+        record = {}
+        for i, name in enumerate(judges.weights):
+            record[f"reward/{name}"] = values[..., i].mean().item()
+        reward = (values * weights).sum(2)  # [P,G]
+        record |= {"reward/mean": reward.mean().item(), "reward/std": reward.std().item()}
         constant = (reward == reward[:, :1]).all(dim=1)  # [P]
         record["reward/frac_reward_zero_std"] = constant.float().mean().item()
-        for i, name in enumerate(judges.trained):
-            record[f"reward/{name}"] = values[..., i].mean().item()
         rewarded = time.perf_counter()
 
         # ---- 2. advantages, weights or picks (repeated: every method has as many points)
         if args.method == "adrpo":
-            advantage = group_advantage(
-                reward, args.beta0, args.adv_clip_k, args.adv_norm, base["reward_std"]
-            )  # [P,G]
+            spread = (args.adv_clip_k, args.adv_norm, base["reward_std"])
+            advantage = group_advantage(reward, args.beta0, *spread)  # [P,G]
             record |= adrpo_statistics(advantage, args.beta0)
             weight = advantage[my_groups].flatten()
         elif args.method == "orw":
@@ -1227,14 +1164,12 @@ def main(args: Args) -> None:
         chosen = training_samples(args.method, reward[my_groups])[:, None]  # [P,1,G] of x1
         points = chosen.expand(-1, args.timesteps_per_sample, -1).flatten()  # [n]
         my_points = slice(rank * len(points), (rank + 1) * len(points))
-        point_prompts = [prompts[i] for i in points.tolist()]
+        point_prompts = [prompts[my_groups][i // group] for i in points.tolist()]
         draws = 1 if args.share_noise else group // 2 if args.method == "dpo" else group
 
         # ---- 3. updates on this rollout, each with fresh noise and times, in parts whose
         # gradients add up to the gradient of the mean over the whole update
-        decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
-        decay = decay if args.lr_schedule == "cosine" else 1.0
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5) * decay
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5)
         totals = defaultdict(float)
         for _ in range(args.updates_per_iteration):
             s, noise = draw_points(rng, flow.shape, args, draws)
@@ -1244,14 +1179,10 @@ def main(args: Args) -> None:
                 picks = points[part]
                 x_t, u = flow_matching_point(x1[picks], noise[part].to(device), s[part])
                 question = ask(flow, point_prompts[part])
+                v_ref = u  # without a divergence term no reference pass
                 if regularised:
-                    transformer.disable_adapters()
-                    with torch.no_grad():
-                        v_ref = velocity(flow, question, x_t, s[part])
-                    transformer.enable_adapters()
+                    v_ref = reference_velocity(flow, question, x_t, s[part])
                 v = velocity(flow, question, x_t, s[part])
-                if not regularised:  # without a divergence term no reference pass
-                    v_ref = v.detach()
                 if args.method == "adrpo":
                     losses = adrpo_fm_loss(v, v_ref, u, weight[picks], args.beta0)  # [b]
                 elif args.method == "orw":
@@ -1304,7 +1235,10 @@ def main(args: Args) -> None:
             log(run_dir, writer, iteration, record)
         bar.set_postfix(reward=record["reward/mean"], w2=metrics["w2"])
         if is_main and (last or iteration % args.save_every == 0):
-            save_checkpoint(run_dir, iteration, metrics, lora, optimizer)
+            state = {"iteration": iteration, "metrics": metrics, "lora": [p.detach() for p in lora]}
+            state["optimizer"] = optimizer.state_dict()
+            state["metrics_bytes"] = (run_dir / "metrics.jsonl").stat().st_size
+            write_safely(run_dir / "checkpoint.pt", state)
 
     if is_main:
         writer.close()
@@ -1329,7 +1263,7 @@ if __name__ == "__main__":
         sys.exit(f"error{process}: {' '.join(str(error).split())}")  # one line
     except torch.OutOfMemoryError as error:
         smaller = "lower --rollout-batch or --train-batch, or add --gradient-checkpointing"
-        sys.exit(f"error: out of memory ({str(error)[:120]}); {smaller}, --vae-slicing, --no-t5")
+        sys.exit(f"error: out of memory ({str(error)[:120]}); {smaller}, --no-t5")
     except OSError as error:
         if "No space" not in str(error) and "Read-only" not in str(error):
             raise

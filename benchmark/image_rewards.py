@@ -16,6 +16,7 @@ models than the defaults are named by environment variables, NAME[@REVISION] or 
 """
 
 import functools
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -39,6 +40,9 @@ AESTHETIC_NAME = "sac+logos+ava1-l14-linearMSE.pth"
 AESTHETIC_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
 
+SOURCES = {}  # what was loaded, with its commit: adrpo_fm_sd3.py records it in args.json
+
+
 def setting(variable: str) -> tuple[str, str | None]:
     """Name and revision of the model that an environment variable, or its default, names."""
     name, _, revision = os.environ.get(variable, DEFAULTS[variable]).partition("@")
@@ -49,6 +53,7 @@ def load_verified(kind: type, variable: str, device: torch.device) -> nn.Module:
     """A transformers model in float32. Raises ValueError where its files lack weights of it."""
     name, revision = setting(variable)
     model, report = kind.from_pretrained(name, revision=revision, output_loading_info=True)
+    SOURCES[variable] = f"{name}@{getattr(model.config, '_commit_hash', None) or 'folder'}"
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
@@ -119,6 +124,8 @@ def load_aesthetic(device: torch.device):
     for i, (width, out) in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:], strict=False), strict=True):
         head[str(i)] = nn.Linear(width, out)
     weights = torch.load(path, map_location="cpu", weights_only=True)
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    SOURCES["AESTHETIC_WEIGHTS"] = f"{Path(path).name}@sha256:{sha256}"
     head.load_state_dict({key.removeprefix("layers."): value for key, value in weights.items()})
     spec = os.environ.get("AESTHETIC_CLIP", DEFAULTS["AESTHETIC_CLIP"])
     name, pretrained = spec.rsplit(":", 1)
@@ -128,6 +135,9 @@ def load_aesthetic(device: torch.device):
     quick = bool((known or {}).get("quick_gelu"))  # OpenAI's weights were trained with that GELU
     options = {"force_quick_gelu": quick, "require_pretrained": True}
     clip = open_clip.create_model(name, pretrained, **options)
+    SOURCES["AESTHETIC_CLIP"] = spec
+    if quick:  # the folder of the file in the hub's cache is named by the commit
+        SOURCES["AESTHETIC_CLIP"] += f"@{Path(open_clip.download_pretrained(known)).parent.name}"
     clip, head = clip.to(device).eval().requires_grad_(False), head.to(device)
     config = open_clip.get_model_preprocess_cfg(clip)
     size = config["size"][-1] if isinstance(config["size"], (tuple, list)) else config["size"]
@@ -159,7 +169,8 @@ def load_imagereward(device: torch.device):
     name, revision = setting("IMAGEREWARD_MODEL")
     file = Path(name) / "model.safetensors"
     if not file.is_file():
-        file = hf_hub_download(name, "model.safetensors", revision=revision)
+        file = Path(hf_hub_download(name, "model.safetensors", revision=revision))
+    SOURCES["IMAGEREWARD_MODEL"] = f"{name}@{file.parent.name}"
     model = ImageReward()
     # Strictly: the package's own loader passes over missing weights.
     load_model(model, file, strict=True)

@@ -45,7 +45,7 @@ import adrpo_fm_sd3 as sd3
 from benchmark import mini_world_sd3 as world
 
 PROMPTS, GROUP, STEPS, UPDATES, LENGTH = 12, 8, 10, 2, 8
-TARGETS = [f"attn.{end}" for end in sd3.PROJECTIONS]
+TARGETS = list(sd3.PROJECTIONS)
 
 
 def script_seconds(args: sd3.Args, skip: int) -> dict[str, float]:
@@ -79,13 +79,13 @@ def small(folder: Path) -> None:
     pipe = StableDiffusion3Pipeline.from_pretrained(folder / "model")
     pipe.set_progress_bar_config(disable=True)
     clip = sd3.Clip(f"local-dir:{folder}/clip", None, torch.device("cpu"))
-    reward = sd3.clip_reward(clip)
+    reward = clip.score
     reference = SD3Transformer2DModel.from_pretrained(
         folder / "model" / "transformer"
     ).requires_grad_(False)
     transformer = pipe.transformer.requires_grad_(False)
     for network in (transformer, reference):
-        network.add_adapter(sd3.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+        network.add_adapter(sd3.peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
     # The same calls as the script's: a LoRA that is switched off is not free.
     reference.disable_adapters()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]

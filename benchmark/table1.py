@@ -77,7 +77,6 @@ def load(model_id: str, lora: str, args: Args, device: torch.device):
 def measure(pipe, prompts: dict, clip: sd3.Clip, plugins: dict, args: Args, folder: Path) -> dict:
     """Mean of every metric over all images, CLIP diversity over the prompts."""
     values = {"clip_score": [], "clip_diversity": []} | {name: [] for name in plugins}
-    reward = sd3.clip_reward(clip)
     for index, (prompt, row) in enumerate(tqdm(prompts.items(), folder.name)):
         generators = [
             torch.Generator().manual_seed(args.seed * 1_000_003 + index * 1009 + image)
@@ -94,7 +93,7 @@ def measure(pipe, prompts: dict, clip: sd3.Clip, plugins: dict, args: Args, fold
             output_type="pt",
         ).images.float()
         texts, rows = [prompt] * len(images), [row] * len(images)
-        values["clip_score"] += reward(images, texts, rows).tolist()
+        values["clip_score"] += clip.score(images, texts, rows).tolist()
         values["clip_diversity"] += sd3.pairwise_distance(clip.image(images)[None]).tolist()
         for name, function in plugins.items():
             values[name] += sd3.score(name, function, images, texts, rows).tolist()
@@ -109,7 +108,7 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts, rows, note, source = sd3.load_rows("prompts", args.prompts, None, None)
     prompts = dict(list(zip(texts, rows, strict=True))[: args.max_prompts])
-    plugins = sd3.load_plugins("metrics", args.metrics, {"clip_score", "clip_diversity"})
+    plugins = {spec.rpartition(":")[2]: sd3.load_plugin(spec) for spec in args.metrics}
     clip = sd3.Clip(args.clip_model, args.clip_pretrained, device)
     results = []
     for model_id, lora in zip(args.model_id, args.lora or ["-"] * len(args.model_id), strict=True):

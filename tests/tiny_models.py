@@ -10,16 +10,26 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -32,7 +42,13 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GenerationConfig,
+    GlmConfig,
+    GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
@@ -115,7 +131,8 @@ def make_sd3(folder: Path, style: str = "sd3", layers: int = 2) -> Path:
     return folder
 
 
-FLOW_FAMILIES = ("flux", "chroma", "auraflow", "lumina2", "sana")  # beside SD3
+FLOW_FAMILIES = ("flux", "chroma", "auraflow", "lumina2", "sana", "qwen-image")  # beside SD3
+OTHER_QUESTIONS = ("cogview4", "hidream", "z-image")  # what asks its transformer in another way
 
 
 def make_flow(folder: Path, family: str) -> Path:
@@ -165,7 +182,7 @@ def make_flow(folder: Path, family: str) -> Path:
         pipe = AuraFlowPipeline(
             transformer=transformer, text_encoder=t5, tokenizer=t5_tokenizer, **shared
         )
-    else:  # a small Gemma reads the prompts
+    elif family != "qwen-image":  # a small Gemma reads the prompts
         make_tokenizer(folder / "words", chat=False)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "words", padding_side="right")
         gemma = Gemma2Config(
@@ -226,6 +243,108 @@ def make_flow(folder: Path, family: str) -> Path:
             sample_size=16,
         )
         pipe = SanaPipeline(transformer=transformer, vae=vae, scheduler=parts.scheduler, **text)
+    elif family == "qwen-image":
+        make_tokenizer(folder / "words", chat=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "words", padding_side="right")
+        # Of the template's tokens the pipeline drops 34: marks are tokens of their own here.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "rope_parameters": rope}
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+        vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [0]}
+        text = {"vocab_size": len(tokenizer), "bos_token_id": BOS, "eos_token_id": EOS, **sizes}
+        vae = AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1] * 4,
+            latents_std=[1.5] * 4,
+        )
+        pipe = QwenImagePipeline(
+            scheduler=parts.scheduler,
+            vae=vae,
+            text_encoder=Qwen2_5_VLForConditionalGeneration(
+                Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            ),
+            tokenizer=tokenizer,
+            transformer=QwenImageTransformer2DModel(
+                **heads,
+                patch_size=2,
+                in_channels=16,
+                out_channels=4,
+                num_layers=1,
+                joint_attention_dim=32,
+                axes_dims_rope=(4, 6, 6),
+            ),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def make_other_question(folder: Path, family: str) -> Path:
+    """A random pipeline that is flow matching but asks its transformer in another way."""
+    torch.manual_seed(0)
+    parts = world.build_pipeline()
+    make_tokenizer(folder / "words", adds_bos=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "words")
+    shared = {"scheduler": parts.scheduler, "vae": parts.vae}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if family == "cogview4":
+        transformer = CogView4Transformer2DModel(
+            in_channels=8,
+            out_channels=8,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            text_embed_dim=32,
+            time_embed_dim=16,
+            condition_dim=8,
+            rope_axes_dim=(8, 8),
+        )
+        glm = GlmModel(GlmConfig(**sizes, head_dim=8, pad_token_id=PAD))
+        text = {"text_encoder": glm, "tokenizer": tokenizer}
+        # As its own: sigmas are shifted, the times that its transformer is told are not.
+        options = {"use_dynamic_shifting": True, "time_shift_type": "linear", "max_shift": 0.75}
+        shared["scheduler"] = FlowMatchEulerDiscreteScheduler(base_shift=0.25, **options)
+        pipe = CogView4Pipeline(transformer=transformer, **text, **shared)
+    elif family == "hidream":
+        transformer = HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=8,
+            out_channels=8,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_channels=[128, 32],
+            text_emb_dim=128,
+            axes_dims_rope=(4, 6, 6),
+            max_resolution=(16, 16),
+            llama_layers=[0, 1],
+        )
+        names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3")
+        text = {name: getattr(parts, name) for name in (*names, "tokenizer_3")}
+        llama = LlamaForCausalLM(LlamaConfig(**sizes))
+        text |= {"text_encoder_4": llama, "tokenizer_4": tokenizer}
+        pipe = HiDreamImagePipeline(transformer=transformer, **text, **shared)
+    else:
+        transformer = ZImageTransformer2DModel(
+            in_channels=8,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[4, 6, 6],
+            axes_lens=[64, 64, 64],
+        )
+        text = {"text_encoder": LlamaForCausalLM(LlamaConfig(**sizes)).model}
+        pipe = ZImagePipeline(transformer=transformer, tokenizer=tokenizer, **text, **shared)
     pipe.save_pretrained(folder)
     return folder
 
