@@ -59,7 +59,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 import accelerate
 import numpy as np
@@ -71,25 +71,38 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoProcessor,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
+    StaticCache,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.cache_utils import DynamicLayer
 
 SCRIPT = "adrpo_audio_mmau"
 SAMPLE_RATE = 16000
@@ -98,14 +111,10 @@ TASKS = ("sound", "music", "speech")  # of MMAU
 TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "tokens", "reasoning_tokens", *REWARDS}
 TAKEN_TAGS |= {"accuracy_untagged", *[f"accuracy_{task}" for task in TASKS]}
 PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-# Elements of float32 logits alive in the training pass: 268 MB, whatever the vocabulary.
-LOGITS_AT_ONCE = 2**26
 DIVERGED = "lower --learning-rate, or raise --beta0"
-NO_SPREAD = (
-    "warning: for ten iterations more than 80 % of the groups had one reward for all their "
-    "completions: nothing to learn from; use a finer reward, easier or harder questions, or a "
-    "larger --group-size"
-)
+# Mean difference of a completion's log-probabilities between sampler and training pass, in nats:
+# rounding stays below, another function is off by whole nats.
+SAMPLER_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LETTER = re.compile(r"\(([A-Z])\)\s*(?=\S)|([A-Z])[.)]\s+(?=\S)")  # before a choice: (A) or A.
 
 # CESAR's keyword reward, our lists: a part is the number of different entries found over the number
@@ -156,8 +165,7 @@ class Args:
     cpu: bool = False
     """stay on the CPU; several processes there: torchrun --nproc-per-node N SCRIPT --cpu"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the frozen weights and matrix products; trained weights, log-probabilities and losses are
-    float32; auto: bf16 on a GPU that has it"""
+    """of matrix products; what is trained stays float32; auto: bf16 on a GPU that has it"""
     resume: str | None = None
     """run folder to continue exactly from its last checkpoint, or `latest`, with its own flags"""
     eval_only: bool = False
@@ -167,15 +175,17 @@ class Args:
     model_id: str = "Qwen/Qwen2.5-Omni-7B"
     """Qwen2.5-Omni (its thinker) or Qwen2-Audio: a folder, or NAME[@REVISION] of the hub; also the
     reference"""
-    adapter: str | None = None
-    """--eval-only: folder of a LoRA (a run's final/) on top of the model"""
     lora_rank: int = 8
     """rank of the LoRA on the language model (the published one-GPU preset: 8). 0 trains all of the
     language model's layers and head beside a frozen copy; audio tower and embeddings stay frozen"""
     lora_alpha: int = 32
-    """its update is scaled by alpha / rank (the same preset: 32)"""
+    """the LoRA's update is scaled by alpha / rank (the same preset: 32)"""
+    adapter: str | None = None
+    """folder of a LoRA to evaluate or go on from (a run's final/); the reference is without it"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    """less memory, more time; a question and its clip are then read once for each completion"""
+    fsdp: bool = False
+    """with torchrun: all weights, reference and optimiser split over the processes (FSDP2)"""
 
     # ------------------------------------------------------------------------------------- data
     train_data: str | None = None
@@ -216,8 +226,13 @@ class Args:
     """tokens after which a completion is cut off; the overthinking reward's maximum (CESAR: 256)"""
     temperature: float = 1.0
     """of the policy, in rollouts and in training alike (Ke-Omni-R: 1)"""
+    top_p: float = 1.0
+    """below 1: sample from the likeliest tokens of this probability. The loss ignores it, so it
+    makes training slightly off-policy"""
+    top_k: int = 0
+    """above 0: sample from the so many likeliest tokens; like --top-p"""
     rollout_batch: int = 64
-    """completions sampled at once, per process; changes memory and speed, not the result"""
+    """completions rolled out at once, per process; changes memory and speed, not the result"""
 
     # ------------------------------------------------------------------------------ fine-tuning
     method: Literal["adrpo", "grpo"] = "adrpo"
@@ -231,7 +246,7 @@ class Args:
     adv_clip_k: float | None = 1.0
     """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; its Table 3: .5, 2), or None"""
     scale_rewards: Literal["group", "none"] = "group"
-    """divide A by the group's std (GRPO: nearly every A is beyond the clip then), or not"""
+    """divide A by the group's standard deviation, or by nothing (Dr. GRPO, arXiv 2503.20783)"""
     clip_eps: float = 0.2
     """clip the ratio to 1 +- this"""
     learning_rate: float = 5e-6
@@ -243,7 +258,8 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient norm clip"""
     train_tokens: int = 4096
-    """tokens per pass, padding included, per process; changes memory and speed, not the result"""
+    """tokens of prompts, and of completions, in one pass, at their greatest lengths; changes memory
+    and speed, not the result"""
 
     # ---------------------------------------------------------------- evaluation, checkpoints
     eval_every: int = 100
@@ -259,13 +275,14 @@ class Args:
 
 
 # -------------------------------------------------------------------------------------- the method
-def group_advantage(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
-    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO); scale "none" does not divide
-    (Dr. GRPO). rewards [P,G] -> [P,G], detached."""
-    # Relative to the first reward, so that a group of equal rewards gives exactly 0.
+def group_advantage(rewards: Tensor, eps: float = 1e-4, scale: bool = True) -> Tensor:
+    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO); without `scale` not divided
+    (Dr. GRPO). rewards [P,G] -> [P,G], detached. Equal rewards give exactly 0."""
     relative = rewards - rewards[:, :1]
-    spread = relative.std(dim=1, keepdim=True) + eps if scale == "group" else 1.0
-    return ((relative - relative.mean(dim=1, keepdim=True)) / spread).detach()
+    advantage = relative - relative.mean(dim=1, keepdim=True)
+    if scale:
+        advantage = advantage / (relative.std(dim=1, keepdim=True) + eps)
+    return advantage.detach()
 
 
 def adaptive_beta(advantage: Tensor, beta0: float, clip_k: float | None = 1.0) -> Tensor:
@@ -276,22 +293,13 @@ def adaptive_beta(advantage: Tensor, beta0: float, clip_k: float | None = 1.0) -
     return (beta0 - advantage).detach()
 
 
-def adrpo_statistics(coefficient: Tensor, advantage: Tensor, limit: float) -> dict[str, float]:
-    """The adrpo/* figures of a rollout; saturated: share of completions whose A is cut to
-    +-limit."""
-    figures = {"coefficient_mean": coefficient.mean(), "coefficient_min": coefficient.min()}
-    figures["coefficient_max"] = coefficient.max()
-    figures["coefficient_fraction_negative"] = (coefficient < 0).float().mean()
-    figures["fraction_saturated"] = (advantage.abs() > limit).float().mean()
-    return {f"adrpo/{tag}": value.item() for tag, value in figures.items()}
-
-
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(pi || ref) of each token, estimated at the sampled one: exp(d) - d - 1 with
-    d = ref_logp - logp (k3 of Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. d is limited
-    to 20 in the exponential: it would overflow."""
+    d = ref_logp - logp (k3 of Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. Beyond d = 20
+    the exponential goes on as its tangent (ours): it would overflow."""
     difference = ref_logp - logp
-    return difference.clamp(max=20).exp() - difference - 1
+    limited = difference.clamp(max=20)
+    return limited.exp() * (1 + difference - limited) - difference - 1
 
 
 def grpo_loss(
@@ -313,15 +321,35 @@ def grpo_loss(
     return ((per_token * mask).sum(1) / mask.sum(1)).mean()
 
 
-def clipped_tokens(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_eps: float) -> Tensor:
-    """Which tokens have no gradient of the policy term, since their ratio is clipped: [B,T], [B,T],
-    advantage [B] -> [B,T]."""
-    ratio, better = (logp - old_logp).exp(), advantage[:, None] > 0
-    clipped = torch.where(better, ratio > 1 + clip_eps, ratio < 1 - clip_eps)
-    return clipped & (advantage[:, None] != 0)
+def adrpo_statistics(coefficient: Tensor, advantage: Tensor, limit: float) -> dict[str, float]:
+    """The adrpo/* figures of one rollout. fraction_saturated: share of completions whose A is cut
+    to +-limit."""
+    return {
+        "adrpo/coefficient_mean": coefficient.mean().item(),
+        "adrpo/coefficient_min": coefficient.min().item(),
+        "adrpo/coefficient_max": coefficient.max().item(),
+        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
+        "adrpo/fraction_saturated": (advantage.abs() > limit).float().mean().item(),
+    }
 
 
 # ----------------------------------------------------------------------------------------- rollout
+class Policy(NamedTuple):
+    """The models of a run, and how they choose a token."""
+
+    model: nn.Module  # what is trained
+    sampler: nn.Module  # what is rolled out: the same, or its copy in bfloat16
+    reference: nn.Module | None  # a frozen copy; None: the model with its LoRA switched off
+    stop: list[int]  # token ids that end a completion
+    unreadable: Tensor  # [V], True for the head's rows that are no token of text
+    pad: int
+    temperature: float
+    warpers: list[LogitsProcessor]  # top-k and top-p, of the sampler alone
+    static: dict[tuple, StaticCache] | None  # caches by shape; None: some layers cannot have one
+    full: bool  # prompts and batches padded full, so that `generate` is compiled once (GPU)
+    lengths: tuple[int, int]  # most tokens of a prompt with its clip, of a completion
+
+
 def seed_everything(*numbers: int) -> torch.Generator:
     """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -331,471 +359,255 @@ def seed_everything(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draw_prompts(prompts: list, per_update: int, iterations: int, seed: int) -> list[list]:
-    """The prompts of each iteration: one pass after the other over all, each shuffled anew."""
-    drawn = []
-    while len(drawn) < per_update * iterations:
-        order = np.random.default_rng([seed, len(drawn) // len(prompts)]).permutation(len(prompts))
-        drawn += [prompts[row] for row in order]
-    return [drawn[i * per_update : (i + 1) * per_update] for i in range(iterations)]
+def draw_prompts(count: int, per_update: int, iteration: int, seed: int) -> list[int]:
+    """Rows of an iteration's prompts: one pass after the other over all, each shuffled anew."""
+    first = iteration * per_update
+    passes = range(first // count, (first + per_update - 1) // count + 1)
+    orders = [np.random.default_rng([seed, number]).permutation(count) for number in passes]
+    start = first - passes[0] * count
+    return np.concatenate(orders)[start : start + per_update].tolist()
 
 
-@dataclasses.dataclass
-class SharedPrompt:
-    """What attention must know of rows [prompt | completion 1 | ... | completion G], each part
-    right-padded. transformers hands it through to every layer."""
-
-    prompt_length: int
-    """P, tokens of the longest prompt of the batch"""
-    group: int
-    """G, completions per row"""
-    padding: Tensor | None
-    """[B,P], True where a prompt is padding; None where there is none"""
-    mask: Tensor | None = None
-    """training: [B*G or 1, 1, C, P+C], True where a completion's token (C) sees its prompt and
-    itself (P+C)"""
-    cache: dict[int, list[Tensor]] | None = None
-    """rollout: by layer, keys and values of the prompts [B,k,P,d] and of the completions
-    [B,k,G,T,d]"""
-    room: int = 0
-    """rollout: T, most tokens of a completion"""
-    steps: int = 0
-    """rollout: completion tokens in the cache, with the newest"""
-
-    def select(self, groups: Tensor, slots: Tensor) -> None:
-        """Keep only these groups [B'] and of each only these completions [B',G']."""
-        self.group, groups_of = slots.shape[1], groups[:, None]
-        self.padding = None if self.padding is None else self.padding[groups]
-        for layer, (keys, values, own_keys, own_values) in self.cache.items():
-            own = [
-                t.transpose(1, 2)[groups_of, slots].transpose(1, 2).contiguous()
-                for t in (own_keys, own_values)
-            ]
-            self.cache[layer] = [keys[groups], values[groups], *own]
+def scaled_logits(logits: Tensor, policy: Policy) -> Tensor:
+    """The policy's logits [..., V] in float32: over its temperature, and none for tokens that
+    nobody can read (Qwen2 has 151,936 rows in the head, and 151,646 tokens)."""
+    logits = logits.float() / (policy.temperature or 1.0)
+    return logits.masked_fill_(policy.unreadable, torch.finfo(torch.float32).min)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    """Attention of query [B,h,S,d] on key, value [B,k,S',d] (h a multiple of k) -> [B,h,S,d]; no
-    mask: causal."""
-    # There torch's fast kernels take a mask, or grouped heads, but not both.
-    if query.is_cuda and mask is not None:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    options = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, **options
-    )
+class ChooseByUniform(LogitsProcessor):
+    """Chooses each token of `generate` by the inverse cumulative function at a uniform number drawn
+    beforehand, [N,T]: the result depends neither on how the batch is cut nor on the number of
+    processes. Keeps the tokens' log-probabilities (before top-k and top-p), never the logits."""
+
+    def __init__(self, uniforms: Tensor, policy: Policy):
+        self.uniforms, self.policy, self.logp = uniforms, policy, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = warped = scaled_logits(scores, self.policy)
+        for warper in self.policy.warpers:
+            warped = warper(input_ids, warped)
+        cumulative = warped.softmax(-1).cumsum(-1)
+        uniform = self.uniforms[:, len(self.logp), None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[1] - 1)
+        if self.policy.temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        self.logp.append(logits.log_softmax(-1).gather(1, token))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
-def shared_prompt_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    shared: SharedPrompt,
-    scaling: float | None = None,
-    **options,
-) -> tuple[Tensor, None]:
-    """Attention inside shared-prompt rows, called by transformers: query [B,h,S,d], key, value
-    [B,k,S,d] -> [B,S,h,d].
-
-    Equal to attention on G separate sequences prompt + completion, without computing the prompt G
-    times (ours). The rows are a rollout's prompts (S = P), a rollout's newest tokens (S = G), or
-    all of it, in training (S = P + G C)."""
-    length, group = shared.prompt_length, shared.group
-    if shared.cache is not None and shared.steps == 0:
-        room = (*key.shape[:2], group, shared.room, key.shape[3])
-        key, value = key.to(value.dtype).contiguous(), value.contiguous()
-        shared.cache[module.layer_idx] = [key, value, value.new_empty(room), value.new_empty(room)]
-        return attend(query, key, value, None, scaling).transpose(1, 2), None
-
-    if shared.cache is not None:
-        # One new token for each completion. The group's queries read the prompt's keys together,
-        # each reads its own.
-        prompt_key, prompt_value, own_key, own_value = shared.cache[module.layer_idx]
-        steps, (rows, heads, _, size) = shared.steps, query.shape
-        own_key[:, :, :, steps - 1], own_value[:, :, :, steps - 1] = key, value
-        scaling = size**-0.5 if scaling is None else scaling
-        query = query.view(rows, key.shape[1], -1, group, size).transpose(2, 3)  # [B,k,G,h/k,d]
-        together = query.flatten(2, 3) @ prompt_key.mT * scaling  # [B,k,G*h/k,P]
-        if shared.padding is not None:
-            together = together.masked_fill(shared.padding[:, None, None], -math.inf)
-        alone = query @ own_key[:, :, :, :steps].mT * scaling  # [B,k,G,h/k,t]
-        logits = torch.cat([together.view(*alone.shape[:-1], length), alone], dim=-1)
-        weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
-        out = (weights[..., :length].flatten(2, 3) @ prompt_value).view_as(query)
-        out = out + weights[..., length:] @ own_value[:, :, :, :steps]
-        return out.permute(0, 2, 1, 3, 4).reshape(rows, group, heads, size), None
-
-    # Two blocks: the prompt on itself, and each completion on the prompt and itself.
-    def completions(x: Tensor) -> Tensor:  # [B,h,P+G*C,d] -> [B*G,h,C,d]
-        return x[:, :, length:].unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
-
-    def prompt_and_completion(x: Tensor) -> Tensor:  # -> [B*G,h,P+C,d]
-        prompt = x[:, None, :, :length].expand(-1, group, -1, -1, -1).flatten(0, 1)
-        return torch.cat([prompt, completions(x)], dim=2)
-
-    prompt = attend(query[:, :, :length], key[:, :, :length], value[:, :, :length], None, scaling)
-    keys, values = prompt_and_completion(key), prompt_and_completion(value)
-    own = attend(completions(query), keys, values, shared.mask, scaling)
-    own = own.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3)  # [B,h,G*C,d]
-    return torch.cat([prompt, own], dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("shared_prompt", shared_prompt_attention)
-
-
-def pad(prompts: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as embeddings [L,D] -> [B,P,D], right-padded, and lengths [B]."""
-    embeds = pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
-    return embeds, torch.tensor([len(prompt) for prompt in prompts], device=device)
-
-
-def padding_of(lengths: Tensor, longest: int) -> Tensor | None:
-    """True where a position [B,longest] is padding; None where none is."""
-    padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]
-    return padding if padding.any() else None
-
-
-def pack(prompts: list[Tensor], completions: Tensor) -> tuple[Tensor, Tensor, Tensor, SharedPrompt]:
-    """Shared-prompt rows of the training pass: prompts of B rows as embeddings, completions [B,G,C]
-    (right-padded) -> prompts [B,P,D], positions [B,P+G*C], the places [B,G*C] whose outputs predict
-    the completions' tokens, layout."""
-    (rows, group, size), device = completions.shape, completions.device
-    embeds, lengths = pad(prompts, device)
-    longest = embeds.shape[1]
-    token = torch.arange(size, device=device)
-    after = (lengths[:, None] + token).repeat(1, group)  # positions of the completions
-    positions = torch.cat([torch.arange(longest, device=device).expand(rows, -1), after], dim=1)
-    places = (longest + torch.arange(group * size, device=device) - 1).repeat(rows, 1)
-    # The first token of each is predicted by the prompt's last.
-    places[:, ::size] = lengths[:, None] - 1
-    padding = padding_of(lengths, longest)
-    own = (token[:, None] >= token).expand(1 if padding is None else rows, size, size)
-    seen = torch.ones(1, longest, dtype=torch.bool, device=device) if padding is None else ~padding
-    mask = torch.cat([seen[:, None].expand(-1, size, -1), own], dim=2)  # [1 or B,C,P+C]
-    if padding is not None:
-        mask = mask.repeat_interleave(group, dim=0)
-    return embeds, positions, places, SharedPrompt(longest, group, padding, mask[:, None])
-
-
-def token_log_probabilities(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """log pi(target) and the entropy of pi in nats (without gradient): hidden [N,D], targets [N] ->
-    two float32 [N]."""
-    logits = head(hidden).float() / temperature
-    normaliser = logits.logsumexp(-1)
-    with torch.no_grad():
-        entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser, entropy
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model of transformers, without PEFT's wrapping (the LoRA stays in)."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def language_model(model: nn.Module) -> nn.Module:
-    """The decoder of Qwen2-Audio or of Qwen2.5-Omni's thinker, without head."""
-    return base_model(model).model.language_model
-
-
-class Policy(nn.Module):
-    """The language model reading shared-prompt rows. All its work passes through `forward`, which
-    accelerate wraps (autocast, DDP, FSDP). Tokens that stand for audio, images and video are not in
-    its distribution: nothing could be put in their places."""
-
-    def __init__(self, model: nn.Module, banned: list[int]):
-        super().__init__()
-        self.model = model
-        self.register_buffer("banned", torch.tensor(banned, dtype=torch.long), persistent=False)
-
-    def forward(
-        self,
-        prompts: Tensor | None = None,
-        ids: Tensor | None = None,
-        positions: Tensor | None = None,
-        shared: SharedPrompt | None = None,
-        places: Tensor | None = None,
-        targets: Tensor | None = None,
-        temperature: float = 1.0,
-        audio_inputs: dict[str, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rows of prompts [B,P,D] (or none) and tokens [B,S-P], positions [B,S], places [B,N] ->
-        the logits at these places, float32 [B,N,V]; with targets [B,N] their log-probabilities and
-        entropies, two float32 [B,N]. Of the processor's audio_inputs alone: what the language model
-        reads, [B,L,D]."""
-        if audio_inputs is not None:
-            return self.embed(audio_inputs)
-        decoder = language_model(self.model)
-        embeds = decoder.embed_tokens(ids)
-        if prompts is not None:
-            embeds = torch.cat([prompts.to(embeds.dtype), embeds], dim=1)
-        out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, shared=shared)
-        hidden = out.last_hidden_state
-        hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B,N,D]
-        if targets is None:
-            return self.head(hidden)
-        hidden, flat = hidden.flatten(0, 1), targets.flatten()
-        size = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
-        if len(flat) <= size:
-            parts = [token_log_probabilities(self.head, hidden, flat, temperature)]
-        else:  # only one piece's logits are alive at a time; the backward pass computes them again
-            pieces = zip(hidden.split(size), flat.split(size), strict=True)
-            parts = [
-                recompute(token_log_probabilities, self.head, *p, temperature, use_reentrant=False)
-                for p in pieces
-            ]
-        return tuple(torch.cat(part).view_as(targets) for part in zip(*parts, strict=True))
-
-    def embed(self, audio_inputs: dict[str, Tensor]) -> Tensor:
-        """What stock transformers feeds the language model for the processor's output, [B,L,D]: the
-        identity stands in for the language model. (An exception would leave FSDP half-way, with
-        weights gathered.)"""
-        base = base_model(self.model)
-        decoder = language_model(self.model)
-        decoder.forward = lambda inputs_embeds, **_: BaseModelOutputWithPast(
-            last_hidden_state=inputs_embeds
-        )
-        try:
-            return base.model(**audio_inputs).last_hidden_state
-        finally:
-            del decoder.forward
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits, float32 [...,V], of hidden states [...,D]; banned tokens are out of reach."""
-        logits = self.model.get_output_embeddings()(hidden).float()
-        return logits.index_fill(-1, self.banned, -1e9)  # finite: the entropy multiplies it by 0
-
-
-def completion_log_probabilities(
-    policy: nn.Module, prompts: list[Tensor], completions: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (nats) of completions [B,G,C], two float32 [B,G,C], one row
-    for each prompt."""
-    embeds, positions, places, shared = pack(prompts, completions)
-    ids = completions.flatten(1)
-    logp, entropy = policy(embeds, ids, positions, shared, places, ids, temperature)
-    return logp.view(completions.shape), entropy.view(completions.shape)
-
-
-@torch.no_grad()
-def embed_question(
-    policy: nn.Module,
-    processor: transformers.ProcessorMixin,
-    text: str,
-    wave: np.ndarray,
-    device: torch.device,
-) -> Tensor:
-    """What stock transformers feeds the language model for a question and its clip: embeddings
-    [L,D], the audio tower's output in the places of the audio tokens. Raises InputError where the
-    processor makes nothing of the clip."""
-    options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
+def encode(processor, texts: list[str], waves: list[np.ndarray]) -> dict[str, Tensor]:
+    """What the model reads of B prompts and their clips: input_ids, attention_mask [B,P],
+    left-padded, and features of the sound [B,...]. Raises InputError where nothing is heard."""
+    audio = {"sampling_rate": SAMPLE_RATE}
     if isinstance(processor, Qwen2_5OmniProcessor):
         # It would compute the spectrogram of 300 s of padding too, for nothing: the model drops it.
         # With some silence behind the clip the rest is the same to the bit.
-        extractor = processor.feature_extractor
-        room = ((len(wave) + extractor.n_fft) // extractor.hop_length + 1) * extractor.hop_length
-        options["audio_kwargs"] = {"max_length": min(room, extractor.n_samples)}
+        extractor, longest = processor.feature_extractor, max(map(len, waves))
+        room = ((longest + extractor.n_fft) // extractor.hop_length + 1) * extractor.hop_length
+        audio["max_length"] = min(room, extractor.n_samples)
+    options = {"text_kwargs": {"padding": True, "padding_side": "left"}, "audio_kwargs": audio}
     try:
-        # The spectrogram is float32 whatever the model is.
-        with torch.autocast("cpu", enabled=False):
-            inputs = processor(text=text, audio=[wave], **options).to(device)
+        inputs = dict(processor(text=texts, audio=waves, return_tensors="pt", **options))
     except ValueError as error:
         raise InputError(f"--model-id: its processor gives no audio features ({error})") from error
     token = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
     if "input_features" not in inputs or not (inputs["input_ids"] == token).any():
         raise InputError("--model-id: its processor gives no audio features: nothing is heard")
-    return policy(audio_inputs=dict(inputs))[0]
+    return inputs
+
+
+def hear(policy: Policy, processor, questions: list["Question"], args: Args) -> dict[str, Tensor]:
+    """`encode` of some questions and their clips, on the device."""
+    texts = [build_prompt(processor, question.row, args.think_budget) for question in questions]
+    waves = [load_audio(question.clip, args.max_audio_seconds) for question in questions]
+    inputs, device = encode(processor, texts, waves), policy.unreadable.device
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def take(inputs: dict[str, Tensor], rows) -> dict[str, Tensor]:
+    """Some rows of what `encode` gives."""
+    return {name: value[rows] for name, value in inputs.items()}
 
 
 @contextlib.contextmanager
-def reference_policy(policy: Policy, frozen: nn.Module | None) -> Iterator[nn.Module]:
-    """The reference: the same network with its LoRA switched off, or the frozen copy when all
-    weights are trained."""
-    with (
-        contextlib.nullcontext() if frozen is not None else policy.model.disable_adapter(),
-        torch.no_grad(),
-    ):
-        yield policy if frozen is None else frozen
+def last_logits(model: nn.Module, count: int) -> Iterator[None]:
+    """Here the head reads the last `count` places only: audio models have no logits_to_keep."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, -count:],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
-def choose_tokens(probabilities: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
-    """One token for each distribution, by its inverse cumulative function at a given uniform
-    number: probabilities [..., V], uniforms [...] -> [...]. Given numbers, not a generator's state:
-    the result does not depend on how the batch is cut, or on the number of processes."""
-    order = None
-    if top_p < 1 or top_k > 0:  # first top-k, then top-p of what is left, as transformers does
-        probabilities, order = probabilities.sort(-1, descending=True)
-        if top_k > 0:
-            probabilities[..., top_k:] = 0
-            probabilities /= probabilities.sum(-1, keepdim=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < top_p)
-    cumulative = probabilities.cumsum(-1)
-    tokens = torch.searchsorted(cumulative, uniforms[..., None] * cumulative[..., -1:], right=True)
-    tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
-    return (tokens if order is None else order.gather(-1, tokens)).squeeze(-1)
+def read_prompts(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
+    """What `encode` gives -> the logits after the prompt [B,1,V], and its keys and values. The
+    cache is made without the model's configuration: that of a sliding window would drop what rows
+    of different length still need."""
+    cache = DynamicCache()
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with last_logits(model, 1):
+        out = model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.logits, cache
 
 
 @torch.no_grad()
-def rollout(
-    policy: nn.Module,
-    prompts: list[Tensor],
-    uniforms: Tensor,
-    stop: list[int],
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    everyone_done: Callable[[bool], bool] = bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """G completions for each of B prompts, from uniforms [B,G,T] (T: most tokens): ids [B,G,C],
-    mask [B,G,C] (1 up to and with the stop token) and log-probabilities [B,G,C], at this
-    temperature, before top-p and top-k.
-
-    The prompts are read once. Finished completions leave the batch, when there are enough of them
-    to pay for moving the others. `everyone_done` makes processes that must stay in step go on until
-    the last is done."""
-    (rows, group, longest), device, stop = (
-        uniforms.shape,
-        uniforms.device,
-        torch.tensor(stop, device=uniforms.device),
+def complete(policy: Policy, inputs: dict[str, Tensor], uniforms: Tensor) -> tuple:
+    """`rollout` for prompts that fit into one batch."""
+    model, group = policy.sampler, uniforms.shape[1]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    spare = (policy.lengths[0] - ids.shape[1]) * policy.full
+    ids, mask = F.pad(ids, (spare, 0), value=policy.pad), F.pad(mask, (spare, 0))
+    # `generate` reads the last token itself, and no clip.
+    before = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
+    _, cache = read_prompts(model, inputs | before)
+    cache.batch_repeat_interleave(group)
+    if policy.static is not None:  # does not grow by copies, is compiled
+        layers, shape = cache.layers, (len(ids) * group, ids.shape[1] + uniforms.shape[2])
+        if shape not in policy.static and len(policy.static) == 2:  # rollout's and evaluation's
+            policy.static.clear()
+        new = StaticCache(model.config, max_cache_len=shape[1])
+        cache = policy.static.setdefault(shape, new)
+        cache.reset()
+        for number, layer in enumerate(layers):
+            cache.update(layer.keys, layer.values, number)
+    choose = ChooseByUniform(uniforms.flatten(0, 1), policy)
+    settings = GenerationConfig(  # the likeliest token of what `choose` leaves: its choice
+        max_new_tokens=uniforms.shape[2], do_sample=False, eos_token_id=policy.stop
     )
-    embeds, lengths = pad(prompts, device)
-    shared = SharedPrompt(
-        embeds.shape[1], group, padding_of(lengths, embeds.shape[1]), cache={}, room=longest
+    mask = mask.repeat_interleave(group, 0)
+    out = model.generate(
+        input_ids=ids.repeat_interleave(group, 0),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        generation_config=settings,
+        logits_processor=[choose],
+        synced_gpus=isinstance(model, FSDPModule),
     )
-    positions = torch.arange(embeds.shape[1], device=device).expand(rows, -1)
-    nothing = torch.zeros(rows, 0, dtype=torch.long, device=device)
-    logits = policy(embeds, nothing, positions, shared, lengths[:, None] - 1).expand(-1, group, -1)
-    tokens = torch.zeros(rows, group, longest, dtype=torch.long, device=device)
-    logp = torch.zeros(rows, group, longest, device=device)
-    length = torch.full((rows, group), longest, device=device)
-    done = torch.zeros(rows, group, dtype=torch.bool, device=device)
-    # Which rows and completions are in the batch: [B'], [B',G'].
-    groups = torch.arange(rows, device=device)
-    slots = torch.arange(group, device=device).expand(rows, -1)
-    for step in range(longest):
-        at = groups[:, None], slots
-        probabilities = (logits / (temperature or 1)).softmax(-1)
-        if temperature == 0:
-            token = probabilities.argmax(-1)
-        else:
-            token = choose_tokens(probabilities, uniforms[..., step][at], top_p, top_k)
-        chosen = probabilities.gather(-1, token[..., None]).squeeze(-1).log()
-        tokens[..., step][at] = token.masked_fill(done[at], 0)
-        logp[..., step][at] = chosen.masked_fill(done[at], 0)
-        ended = torch.isin(token, stop) & ~done[at]
-        length[at] = torch.where(ended, step + 1, length[at])
-        done[at] = done[at] | ended
-        if step + 1 == longest or everyone_done(bool(done.all())):
-            break
-        left = int((~done).sum(1).max())  # completions still wanted, of the group that wants most
-        still = (~done[groups]).any(1)
-        if left and int(still.sum()) * left <= 0.75 * slots.numel():
-            kept = done[at].long().argsort(dim=1, stable=True)[still, :left]  # unfinished first
-            shared.select(still.nonzero().flatten(), kept)
-            token, groups, slots = (
-                token[still].gather(1, kept),
-                groups[still],
-                slots[still].gather(1, kept),
-            )
-        shared.steps = step + 1
-        positions = (lengths[groups] + step)[:, None].expand_as(slots)
-        logits = policy(
-            None,
-            token,
-            positions,
-            shared,
-            torch.arange(slots.shape[1], device=device).expand_as(slots),
-        )
-    size = int(length.max())
-    mask = torch.arange(size, device=device) < length[..., None]
-    return tokens[..., :size], mask, logp[..., :size]
+    tokens = out[:, ids.shape[1] :]
+    ended = torch.isin(tokens, torch.tensor(policy.stop, device=tokens.device))
+    kept = ended.cumsum(1) - ended.long() == 0
+    return tokens, kept, torch.cat(choose.logp, 1) * kept
 
 
-def micro_batches(
-    rows: int, group: int, prompt: int, completion: int, budget: int
-) -> list[tuple[slice, slice]]:
-    """Cuts of `rows` groups into passes of at most `budget` tokens (at least one completion):
-    (rows, completions) of each. prompt, completion: tokens of the longest. Whole groups where they
-    fit, else one prompt with some of its completions."""
-    together = budget // (prompt + group * completion)
-    if together:
-        return [(slice(i, i + together), slice(0, group)) for i in range(0, rows, together)]
-    part = max(1, (budget - prompt) // completion)
-    return [
-        (slice(i, i + 1), slice(j, j + part)) for i in range(rows) for j in range(0, group, part)
-    ]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; else the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-class Listener(NamedTuple):
-    """The policy, and what it needs to hear a question and to answer it."""
-
-    policy: nn.Module
-    processor: transformers.ProcessorMixin
-    stop: list[int]  # tokens that end a completion
-    seconds: float  # of a clip that it hears
-    accelerator: accelerate.Accelerator
-
-
-def everyone_done(accelerator: accelerate.Accelerator, done: bool) -> bool:
-    """Under FSDP every process must take part in every forward pass."""
-    if accelerator.distributed_type != accelerate.DistributedType.FSDP:
-        return done
-    finished = torch.tensor(float(done), device=accelerator.device)
-    return bool(accelerator.reduce(finished, "mean") == 1)
-
-
-def embed(listener: Listener, questions: list["Question"], think_budget: int) -> list[Tensor]:
-    """Each question with its clip, once: what the language model reads, [L,D]."""
-    policy, processor, accelerator = listener.policy, listener.processor, listener.accelerator
-    texts = [build_prompt(processor, question.row, think_budget) for question in questions]
-    waves = [load_audio(question.clip, listener.seconds) for question in questions]
-    with accelerator.autocast():
-        return [
-            embed_question(policy, processor, text, wave, accelerator.device)
-            for text, wave in zip(texts, waves, strict=True)
-        ]
-
-
-def draw(
-    listener: Listener, prompts: list[Tensor], uniforms: Tensor, temperature: float, at_once: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Completions of some prompts, `at_once` prompts at once, from uniforms [B,G,T]: ids, mask and
-    log-probabilities [B,G,C]."""
-    done = partial(everyone_done, listener.accelerator)
+def rollout(policy: Policy, inputs: dict, uniforms: Tensor, at_once: int) -> list[Tensor]:
+    """G completions for each of B prompts, `at_once` prompts in a batch, from uniforms [B,G,T] (T:
+    most tokens): tokens, mask (1 up to and with the stop token) and log-probabilities, [B*G,C]
+    each. A prompt and its clip are read once for their group."""
+    count, group, _ = uniforms.shape
     parts = []
-    # Around the whole rollout: weights are converted to bf16 once, not at every token.
-    with listener.accelerator.autocast():
-        for start in range(0, len(prompts), at_once):
-            part = slice(start, start + at_once)
-            numbers = uniforms[part].to(listener.accelerator.device)
-            options = {"stop": listener.stop, "temperature": temperature, "everyone_done": done}
-            parts.append(rollout(listener.policy, prompts[part], numbers, **options))
-    longest = max(tokens.shape[2] for tokens, _, _ in parts)
-    padded = [[F.pad(one, (0, longest - one.shape[2])) for one in part] for part in parts]
-    tokens, mask, logp = (torch.cat(column) for column in zip(*padded, strict=True))
-    return tokens, mask, logp
+    for start in range(0, count, at_once):
+        rows = [*range(start, min(start + at_once, count))]
+        wanted = len(rows) * group
+        if policy.full:
+            rows += rows[:1] * (at_once - len(rows))
+        part = complete(policy, take(inputs, rows), uniforms[rows])
+        parts.append([value[:wanted] for value in part])
+    columns = max(tokens.shape[1] for tokens, _, _ in parts)
+    padded = [[F.pad(value, (0, columns - value.shape[1])) for value in part] for part in parts]
+    return [torch.cat(values) for values in zip(*padded, strict=True)]
 
 
-def read_out(
-    processor: transformers.ProcessorMixin, tokens: Tensor, mask: Tensor
-) -> tuple[list[str], list[int]]:
-    """Completions [B,G,C] one after the other: texts, and lengths in tokens, each B*G long."""
-    pairs = zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)
-    ids = [one[kept].tolist() for one, kept in pairs]
-    texts = [processor.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
-    return texts, [len(one) for one in ids]
+# ----------------------------------------------------------------------------------- training pass
+class Batch(NamedTuple):
+    """A rollout as the training pass reads it: G completions of each of B prompts, in a row."""
+
+    inputs: dict[str, Tensor]  # what `encode` gives, [B,...]
+    tokens: Tensor  # [B*G,C]
+    kept: Tensor  # [B*G,C], True up to and with the stop token
+
+
+def read_completions(model, first: Tensor, cache: list[Tensor], mask: Tensor, tokens: Tensor):
+    """Logits [n,C,V] of completions [n,C] whose prompts' last logits [n,1,V], keys and values
+    [n,...] (layer by layer) and mask [n,P] are given."""
+    own = DynamicCache()
+    for number in range(len(cache) // 2):
+        own.update(cache[2 * number], cache[2 * number + 1], number)
+    positions = mask.sum(-1, keepdim=True) + torch.arange(tokens.shape[1], device=tokens.device)
+    seen = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    inputs = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
+    rest = model(**inputs, past_key_values=own, use_cache=True).logits
+    return torch.cat([first, rest[:, :-1]], dim=1)
+
+
+def read_ordinary_rows(model, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """The same of rows prompt + completion, for gradient checkpointing, which has no cache: inputs
+    [n,...], tokens [n,C] -> logits [n,C,V]."""
+    layers = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+    for layer in layers:  # a layer asks its own flag; the dropout inside it stays off
+        layer.training = True
+    ids = torch.cat([inputs["input_ids"], tokens], dim=1)
+    seen = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+    rows = {"input_ids": ids, "attention_mask": seen}
+    rows["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)
+    with last_logits(model, tokens.shape[1] + 1):
+        logits = model(**inputs | rows, use_cache=False).logits[:, :-1]
+    model.eval()
+    return logits
+
+
+def token_log_probabilities(logits: Tensor, tokens: Tensor, policy: Policy):
+    """log pi(token), and the entropy of pi in nats (without gradient): logits [n,C,V], tokens [n,C]
+    -> two float32 [n,C]."""
+    logits = scaled_logits(logits, policy)
+    normaliser = logits.logsumexp(-1)
+    logp = logits.gather(-1, tokens[..., None]).squeeze(-1) - normaliser
+    with torch.no_grad():  # row by row, for [n,C,V] is large
+        expected = [(row.softmax(-1) * row).sum(-1) for row in logits]
+    return logp, normaliser.detach() - torch.stack(expected)
+
+
+def completion_passes(policy: Policy, model: nn.Module, batch: Batch, args: Args) -> Iterator:
+    """Log-probabilities and entropies [n,C] of some completions after another, behind the slice of
+    them. A prompt is read once for all its completions: they get its keys and values as leaves, at
+    which the caller's own backward pass ends, to be taken before it asks for the next; one backward
+    pass through the prompts takes on what has come together there (ours)."""
+    count = len(batch.inputs["input_ids"])
+    group = len(batch.tokens) // count
+    # Of the greatest lengths, so that all processes have as many passes (FSDP).
+    prompts_at_once, rows_at_once = (max(1, args.train_tokens // most) for most in policy.lengths)
+    # Weights that are trained in float32, for products in bfloat16.
+    mixed = {"dtype": torch.bfloat16, "enabled": policy.sampler is not policy.model}
+    for start in range(0, count, prompts_at_once):
+        inputs = take(batch.inputs, slice(start, start + prompts_at_once))
+        mask, made = inputs["attention_mask"], []
+        if not args.gradient_checkpointing:
+            with torch.autocast(mask.device.type, **mixed):
+                first, cache = read_prompts(model, inputs)
+            made = [first, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
+        leaves = [part.detach().requires_grad_(part.requires_grad) for part in made]
+        end = (start + len(mask)) * group
+        for row in range(start * group, end, rows_at_once):
+            at = slice(row, min(row + rows_at_once, end))
+            width = int(batch.kept[at].sum(1).max())
+            tokens = batch.tokens[at, :width]
+            own = torch.arange(at.start, at.stop, device=mask.device) // group - start  # [n]
+            with torch.autocast(mask.device.type, **mixed):
+                if args.gradient_checkpointing:
+                    logits = read_ordinary_rows(model, take(inputs, own), tokens)
+                else:
+                    first, *cache = [leaf[own] for leaf in leaves]
+                    logits = read_completions(model, first, cache, mask[own], tokens)
+            values = token_log_probabilities(logits, tokens, policy)
+            yield at, *(F.pad(value, (0, batch.tokens.shape[1] - width)) for value in values)
+        pairs = [(part, leaf.grad) for part, leaf in zip(made, leaves, strict=True)]
+        pairs = [(part, gradient) for part, gradient in pairs if gradient is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+@torch.no_grad()
+def reference_log_probabilities(policy: Policy, batch: Batch, args: Args) -> Tensor:
+    """Log-probabilities [B*G,C] of the frozen copy, or of the model without its LoRA."""
+    if policy.reference is None:
+        policy.model.disable_adapter_layers()
+    passes = completion_passes(policy, policy.reference or policy.model, batch, args)
+    logp = torch.cat([part for _, part, _ in passes])
+    if policy.reference is None:
+        policy.model.enable_adapter_layers()
+    return logp
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -835,41 +647,33 @@ def mmau_scores(rows: list[dict], predictions: dict[str, str]) -> dict[str, dict
     return scores
 
 
-def answer(
-    listener: Listener, questions: list["Question"], args: Args
-) -> tuple[list[str], list[int]]:
-    """The policy's answers to some questions, and their lengths in tokens. A question has its own
-    random numbers, whatever stands beside it."""
-    uniforms = []
-    for question in questions:
-        number = int(hashlib.sha1(question.row["id"].encode()).hexdigest()[:8], 16)
-        generator = seed_everything(args.seed, 0, number)
-        uniforms.append(torch.rand(1, args.max_completion_length, generator=generator))
-    prompts = embed(listener, questions, args.think_budget)
-    drawn = draw(listener, prompts, torch.stack(uniforms), args.eval_temperature, len(prompts))
-    return read_out(listener.processor, *drawn[:2])
-
-
 @torch.no_grad()
-def evaluate(
-    listener: Listener, data: "Data", plugins: dict[str, Callable], args: Args
-) -> tuple[dict[str, float], dict, list[dict]]:
+def evaluate(policy: Policy, processor, data: "Data", plugins: dict, accelerator, args: Args):
     """Every eval/* figure of the policy; MMAU's scores; all rows that were asked for, those whose
-    clips cannot be used too, with the model's words."""
-    accelerator, tokenizer = listener.accelerator, listener.processor.tokenizer
-    names = (*REWARDS, *plugins)
+    clips cannot be used too, with the model's words. A question has its own random numbers,
+    whatever stands beside it."""
+    names, tokenizer = (*REWARDS, *plugins), processor.tokenizer
+    sampler = policy._replace(temperature=args.eval_temperature)
     mine = my_share(len(data.heldout), accelerator.process_index, accelerator.num_processes)
     records = []
     starts = range(0, len(mine), args.eval_batch)
     for start in tqdm(starts, "evaluate", leave=False, disable=not accelerator.is_main_process):
         questions = [data.heldout[i] for i in mine[start : start + args.eval_batch]]
-        texts, counts = answer(listener, questions, args)
+        uniforms = torch.zeros(len(questions), 1, args.max_completion_length)
+        for uniform, question in zip(uniforms, questions, strict=True):
+            number = int(hashlib.sha1(question.row["id"].encode()).hexdigest()[:8], 16)
+            uniform.uniform_(generator=seed_everything(args.seed, 0, number))
+        inputs = hear(policy, processor, questions, args)
+        uniforms = uniforms.to(accelerator.device)
+        tokens, kept, _ = rollout(sampler, inputs, uniforms, args.eval_batch)
+        completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         rows = [question.row for question in questions]
-        values = score(texts, counts, rows, args.think_budget, args.max_completion_length, plugins)
-        for i, row in enumerate(rows):
-            thought = tokenizer(block(texts[i], "think"), add_special_tokens=False).input_ids
-            record = {"id": row["id"], "completion": texts[i], "tokens": counts[i]}
-            record |= dict(zip(names, values[i].tolist(), strict=True))
+        values = score(texts, list(map(len, completions)), rows, plugins, args)
+        for text, completion, row, value in zip(texts, completions, rows, values, strict=True):
+            thought = tokenizer(block(text, "think"), add_special_tokens=False).input_ids
+            record = {"id": row["id"], "completion": text, "tokens": len(completion)}
+            record |= dict(zip(names, value.tolist(), strict=True))
             records.append(record | {"reasoning_tokens": len(thought)})
     records = gather_object(records)[: len(data.heldout)]
     words_of = {record["id"]: record["completion"] for record in records}
@@ -982,28 +786,22 @@ def reward_overthinking(tokens: int, longest: int) -> float:
     return 1 - tokens / longest
 
 
-def score(
-    completions: list[str],
-    tokens: list[int],
-    rows: list[dict],
-    think_budget: int,
-    longest: int,
-    plugins: dict[str, Callable] | None = None,
-) -> Tensor:
+@torch.no_grad()
+def score(completions: list[str], tokens: list[int], rows: list[dict], plugins: dict, args: Args):
     """All rewards of B completions of so many tokens, REWARDS and then the plug-ins -> float32
     [B,R] on the CPU. Raises InputError where a plug-in's are not B finite numbers."""
     pairs = list(zip(completions, rows, strict=True))
     columns = [
         [reward_accuracy(text, row) for text, row in pairs],
-        [reward_format(text, think_budget > 0) for text in completions],
+        [reward_format(text, args.think_budget > 0) for text in completions],
         [reward_consistency(text, row) for text, row in pairs],
         [reward_keywords(text) for text in completions],
-        [reward_overthinking(count, longest) for count in tokens],
+        [reward_overthinking(count, args.max_completion_length) for count in tokens],
     ]
     columns = [torch.tensor(column) for column in columns]
-    for name, function in (plugins or {}).items():
-        prompts = [question_text(row, think_budget) for row in rows]
-        values = function(prompts, list(completions), [dict(row) for row in rows])
+    for name, function in plugins.items():
+        prompts = [question_text(row, args.think_budget) for row in rows]
+        values = function(prompts, completions, rows)
         rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
         if rewards.shape != (len(completions),) or not rewards.isfinite().all():
             bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
@@ -1012,24 +810,25 @@ def score(
     return torch.stack(columns, dim=1)
 
 
-def load_plugins(flag: str, specs: tuple[str, ...], taken: set[str]) -> dict[str, Callable]:
-    """The function of each FILE.py:function by its tag. Raises InputError for what is none, and for
-    a tag of `taken`, to which the tags are added."""
-    functions = {}
-    for spec in specs:
-        path, _, name = spec.rpartition(":")
-        if name in taken:
-            raise InputError(f"{flag} {spec}: the tag {name} is taken; rename the function")
-        if not (path.endswith(".py") and Path(path).is_file()):
-            raise InputError(f"{flag} {spec}: give FILE.py:function")
-        taken.add(name)
-        module_name = f"reward_plugin_{Path(path).stem}"
-        module_spec = importlib.util.spec_from_file_location(module_name, path)
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_name] = module  # where dataclasses and pickle look it up
-        module_spec.loader.exec_module(module)
-        functions[name] = getattr(module, name)
-    return functions
+def load_plugin(spec: str) -> Callable:
+    """The function of FILE.py:function. Its own errors are shown as they are."""
+    path, _, name = spec.rpartition(":")
+    if not (path.endswith(".py") and Path(path).is_file()):
+        raise InputError(f"--reward {spec}: give FILE.py:function of an existing file")
+    module_name = f"reward_plugin_{Path(path).stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # where dataclasses and pickle look it up
+    module_spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def load_plugins(specs: tuple[str, ...]) -> dict[str, Callable]:
+    """The functions of --reward by their tags. Raises InputError where two tags are one."""
+    names = [spec.rpartition(":")[2] for spec in specs]
+    if len(names) > len({*names} - TAKEN_TAGS):
+        raise InputError(f"--reward: the names {names} collide with a tag; rename one")
+    return dict(zip(names, map(load_plugin, specs), strict=True))
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -1301,9 +1100,9 @@ def find_clips(
     return questions
 
 
-def load_questions(args: Args, seconds: float) -> Data:
-    """Training and evaluation questions, of whose clips the model hears so many seconds. Raises
-    InputError, also for training on an evaluation split."""
+def load_questions(args: Args) -> Data:
+    """Training and evaluation questions. Raises InputError, also for training on an evaluation
+    split."""
     data, train = Data(), []
     place = eval_place = ("train-data", args.train_data, args.audio_dir)
     if not args.eval_only:
@@ -1323,16 +1122,16 @@ def load_questions(args: Args, seconds: float) -> Data:
         if not train:
             raise InputError("--train-data: one question cannot be split; give --eval-data")
     data.asked = data.asked[: args.eval_max]
-    data.train = find_clips(*place, train, data, seconds) if train else []
-    data.heldout = find_clips(*eval_place, data.asked, data, seconds)
+    data.train = find_clips(*place, train, data, args.max_audio_seconds) if train else []
+    data.heldout = find_clips(*eval_place, data.asked, data, args.max_audio_seconds)
     return data
 
 
-def describe(data: Data, args: Args, seconds: float) -> str:
+def describe(data: Data, args: Args) -> str:
     """What the questions are, what is not used, and how the clips are heard."""
     note = f"{len(data.train)} training questions, {len(data.heldout)} for evaluation"
     note += "" if args.eval_data else " (every tenth)"
-    note += f"; {data.longer} clips are cut to {seconds:g} s"
+    note += f"; {data.longer} clips are cut to {args.max_audio_seconds:g} s"
     if data.cancelling:
         note += f"; channels of {data.cancelling} clips cancel: their loudest one is heard"
     if data.skipped:
@@ -1359,18 +1158,18 @@ def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget
 
 
 # --------------------------------------------------------------------------- models and reference
-def find_model(spec: str) -> tuple[str, str | None]:
+def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
     found before gigabytes are fetched. A folder has no commit. Raises InputError."""
     name, _, revision = spec.partition("@")
-    if (Path(spec) / "config.json").is_file():
+    if Path(spec).is_dir():
         return spec, None
     try:
         path = hf_hub_download(name, "config.json", revision=revision or None)
     except Exception as error:
         remedy = f"give a folder, or accept the licence at https://huggingface.co/{name} and log in"
         reason = f"no config.json ({type(error).__name__}: {error})"
-        raise InputError(f"--model-id {spec}: {reason}; {remedy}") from error
+        raise InputError(f"{flag} {spec}: {reason}; {remedy}") from error
     return name, Path(path).parent.name
 
 
@@ -1385,74 +1184,153 @@ def model_class(name: str, revision: str | None) -> type:
     return kinds[kind]
 
 
-def load_model(name: str, revision: str | None, args: Args, dtype: torch.dtype) -> nn.Module:
-    """Qwen2-Audio or Qwen2.5-Omni's thinker, its language model reading shared-prompt rows; trained
-    weights in float32, the others in `dtype`. Raises InputError where a loader reports weights that
-    its files do not have."""
-    options = {"revision": revision, "dtype": dtype, "output_loading_info": True}
+def load_verified(kind, flag: str, source: tuple[str, str | None], **options) -> nn.Module:
+    """kind.from_pretrained, and of a LoRA's folder its base model with it. Raises InputError where
+    the library reports weights that are not in the files: they would be random."""
+    name, revision = source
+    lora = (Path(name) / "adapter_config.json").is_file()
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path if lora else name
+    options |= {"revision": revision, "output_loading_info": True, "trust_remote_code": False}
     try:
-        model, report = model_class(name, revision).from_pretrained(name, **options)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"--model-id {name}: cannot be loaded ({error})") from error
+        model, report = kind.from_pretrained(base, **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise InputError(f"{flag} {name}: cannot be loaded ({reason})") from error
+    model, brought = load_adapter(model, flag, name) if lora else (model, ())
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    missing = [key for key in missing if not key.startswith(tuple(brought))]  # the LoRA's own head
     if missing:
         lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
-        raise InputError(f"--model-id {name}: {lost}")
-    if args.adapter:
-        model = load_adapter(model, args.adapter)
+        raise InputError(f"{flag} {name}: {lost}")
+    return model
+
+
+def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, list[str]]:
+    """The model with a trainable LoRA from a folder, and which whole modules came with it. Raises
+    InputError where it does not fit exactly."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = get_peft_model(model, config)
+    weights = load_peft_weights(folder, device="cpu")
+    found = {name: part.shape for name, part in weights.items()}
+    expected = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
+    if wrong := sorted(expected.items() ^ found.items()):
+        raise InputError(f"{flag} {folder}: does not fit the model, such as {wrong[0]}")
+    set_peft_model_state_dict(model, weights)
+    return model, config.modules_to_save or []
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The language model without its head, below a LoRA too."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.model.language_model
+
+
+def longest_prompt(processor, data: "Data", args: Args) -> int:
+    """Tokens of the longest question with the longest clip that may come."""
+    questions = [*data.train, *data.heldout]
+    texts = [build_prompt(processor, question.row, args.think_budget) for question in questions]
+    lengths = [len(ids) for ids in processor.tokenizer(texts).input_ids]
+    silence = np.zeros(int(args.max_audio_seconds * SAMPLE_RATE), dtype=np.float32)
+    longest = texts[lengths.index(max(lengths))]
+    return encode(processor, [longest], [silence])["input_ids"].shape[1]
+
+
+def load_policy(args: Args, source: tuple, processor, longest: int, device, bf16: bool) -> Policy:
+    """Model, sampler and reference on the device, for prompts of at most `longest` tokens. Trained
+    are a LoRA of the language model, or (in float32) all of its layers and its head. Raises
+    InputError."""
+    if (Path(source[0]) / "adapter_config.json").is_file():
+        remedy = "give its base model as --model-id and this folder as --adapter"
+        raise InputError(f"--model-id {source[0]}: is a LoRA, not a model; {remedy}")
+    lora = args.adapter is not None or args.lora_rank > 0
+    dtype = torch.bfloat16 if bf16 and (lora or args.eval_only) else torch.float32
+    kind = model_class(*source)
+    model = load_verified(kind, "--model-id", source, dtype=dtype).to(device)
+    stop = stop_tokens(model, processor.tokenizer)
+    # Nor can the places of sounds, images and videos be read.
+    readable = {*processor.tokenizer.get_vocab().values()} - {*placeholders(processor)} | {*stop}
+    unreadable = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    unreadable[[token for token in readable if token < len(unreadable)]] = False
+    pad = stop[0] if processor.tokenizer.pad_token_id is None else processor.tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(pad_token_id=pad)  # no penalties of the model's own
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # rollout, old policy and reference must be the same function
-    if not args.eval_only and args.lora_rank:
+    if args.adapter:
+        model, _ = load_adapter(model, "--adapter", args.adapter)
+    elif lora and not args.eval_only:
         targets = rf".*language_model\.layers\.\d+\..*\.({PROJECTIONS})"
-        size = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
-        model = get_peft_model(model, LoraConfig(**size, target_modules=targets))
+        options = {"lora_alpha": args.lora_alpha, "target_modules": targets}
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, **options))
     elif not args.eval_only:
-        parts = [language_model(model).layers, language_model(model).norm]
-        if model.get_output_embeddings().weight is not language_model(model).embed_tokens.weight:
-            parts.append(model.get_output_embeddings())
-        for part in parts:
-            part.float().requires_grad_(True)
+        decoder, head = language_model(model), model.get_output_embeddings()
+        decoder.requires_grad_(True)
+        head.requires_grad_(True)
+        decoder.embed_tokens.requires_grad_(False)  # and with it a head that is tied to it
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()  # else a LoRA behind frozen embeddings gets no gradient
-    language_model(model).set_attn_implementation("shared_prompt")
-    model.train()  # checkpointing works in training mode only; there is no dropout left
-    base_model(model).model.audio_tower.eval()
-    return model
+    model.eval()  # with dropout rollout, old policy and reference would be other functions
+    sampler, reference = model, None
+    if not lora and not args.eval_only:
+        reference = copy.deepcopy(model).requires_grad_(False)
+    if args.fsdp:
+        shard(model, bf16)
+        shard(reference, bf16)
+    elif bf16 and reference is not None:
+        sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)
+    warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
+    warpers += [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
+    config = model.config.get_text_config()
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    static = {} if plain and not args.fsdp else None
+    full = device.type == "cuda" and static is not None
+    lengths = longest, args.max_completion_length
+    tokens = stop, unreadable.to(device), pad, args.temperature, warpers
+    return Policy(model, sampler, reference, *tokens, static, full, lengths)
 
 
-def load_adapter(model: nn.Module, folder: str) -> nn.Module:
-    """The model with the LoRA of a folder. Raises InputError where the two do not fit."""
-    try:
-        stored = load_peft_weights(folder, device="cpu")
-        model = PeftModel.from_pretrained(model, folder)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"--adapter {folder}: cannot be loaded ({reason})") from error
-    different = stored.keys() ^ get_peft_model_state_dict(model).keys()
-    if different:
-        what = f"{len(different)} weights are not the model's or not its own"
-        raise InputError(f"--adapter {folder}: {what}, such as {sorted(different)[0]}")
-    return model
+def shard(network: nn.Module, bf16: bool) -> None:
+    """Split a network over the processes (FSDP2), layer by layer."""
+    options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
+    options = {"mp_policy": MixedPrecisionPolicy(**options), "reshard_after_forward": True}
+    for part in network.modules():
+        if type(part).__name__ in (network._no_split_modules or ()):
+            fully_shard(part, **options)
+    fully_shard(network, **options)
 
 
-def special_tokens(
-    model: nn.Module, processor: transformers.ProcessorMixin
-) -> tuple[list[int], list[int]]:
-    """Ids that end a completion (generation config's and tokenizer's), and ids that stand for
-    audio, images, video."""
-    tokenizer, ends = processor.tokenizer, getattr(model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    stop = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
-    names = ("audio", "image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
-    tokens = [getattr(processor, f"{name}_token", None) for name in names]
-    ids = {
-        tokenizer.convert_tokens_to_ids(token) for token in tokens if token in tokenizer.get_vocab()
-    }
-    return stop, sorted(ids - set(stop))
+def renew_sampler(policy: Policy) -> None:
+    """Copy the trained weights into the sampler, where it is a copy."""
+    if policy.sampler is not policy.model:
+        pairs = zip(policy.sampler.parameters(), policy.model.parameters(), strict=True)
+        with torch.no_grad():
+            for copied, trained in pairs:
+                copied.copy_(trained)
+
+
+def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
+    """Ids that end a completion: those of the generation config, the tokenizer's, and the token
+    that ends the assistant's turn in the chat template. Raises InputError where there is none."""
+    ids = model.generation_config.eos_token_id
+    ids = {*ids} if isinstance(ids, list) else {ids}
+    ids.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a-turn"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("a-turn")[2]
+        after = tokenizer(text, add_special_tokens=False).input_ids[:1]
+        ids |= {*after} & {*tokenizer.all_special_ids}
+    if not ids - {None}:
+        raise InputError("--model-id: no end-of-sequence token in tokenizer or generation config")
+    return sorted(ids - {None})
+
+
+def placeholders(processor) -> list[int]:
+    """Ids that stand for sounds, images and videos."""
+    kinds = ("audio", "image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
+    tokens = {getattr(processor, f"{kind}_token", None) for kind in kinds}
+    vocabulary = processor.tokenizer.get_vocab()
+    return sorted(vocabulary[token] for token in tokens & {*vocabulary})
 
 
 # --------------------------------------------------------------------------------------- run files
@@ -1482,38 +1360,28 @@ def find_run(args: Args) -> tuple[Args, Path, dict]:
     if args.resume == "latest":
         runs = Path(args.output_dir).glob("*/args.json")
         runs = [file for file in runs if f'"script": "{SCRIPT}"' in file.read_text()]
-        folder = max(
-            runs, key=lambda file: file.stat().st_mtime_ns, default=folder / "args.json"
-        ).parent
+        runs.sort(key=lambda file: file.stat().st_mtime_ns)
+        folder = runs[-1].parent if runs else folder
     if not args.resume or not any(folder.glob("checkpoint*.pt")):
         raise InputError(f"--resume {args.resume}: no checkpoint in {folder}; start a new run")
+    given = {word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"}
+    if given - {"--resume", "--output-dir"}:
+        what = f"{folder} goes on with its own flags; leave out {sorted(given - {'--resume'})}"
+        raise InputError(f"--resume: {what}")
     record = json.loads((folder / "args.json").read_text())
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
-    stored = Args(**kept)
-    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv}
-    for field in dataclasses.fields(Args):
-        name, value, kept = field.name, getattr(args, field.name), getattr(stored, field.name)
-        given = f"--{name.replace('_', '-')}" in words or value != field.default
-        if given and value != kept and name not in ("resume", "output_dir"):
-            raise InputError(
-                f"--{name.replace('_', '-')}: the resumed run has {kept}; leave it out"
-            )
-    return dataclasses.replace(stored, **record["sources"]), folder, record
+    kept = record["args"] | record["sources"]  # the very commits
+    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+    return Args(**kept), folder, record
 
 
-def lock_run(run_dir: Path) -> TextIO | None:
-    """A lock that lives as long as the returned file. Raises InputError where another process has
-    it: two would write one run."""
-    if os.name == "nt":
-        return None
-    import fcntl  # not on Windows
-
-    file = (run_dir / "args.json").open()
+def lock_run(run_dir: Path) -> FileLock:
+    """Hold the run until this process ends. Raises InputError where another writes it."""
+    lock = FileLock(run_dir / ".lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire(blocking=False)
+    except Timeout as error:
         raise InputError(f"--resume: another process is writing {run_dir}") from error
-    return file
+    return lock
 
 
 def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
@@ -1528,10 +1396,8 @@ def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
 
 def write_safely(path: Path, state: dict) -> None:
     """torch.save under another name, flushed to the disk, then renamed: never half a file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     with path.with_suffix(".part").open("wb") as file:
-        file.write(buffer.getbuffer())
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
@@ -1553,45 +1419,32 @@ def load_checkpoint(run_dir: Path) -> dict:
         raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
 
 
-def save_checkpoint(run_dir: Path, progress: dict, state: dict) -> None:
-    """The trained weights, the optimiser and the position, with the length of metrics.jsonl."""
-    state = progress | state | {"metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size}
-    write_safely(run_dir / "checkpoint.pt", state)
-
-
-def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """What a checkpoint needs of the training, complete on the CPU, whether the weights are whole
-    (one process, DDP) or sharded (FSDP). Called by every process."""
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """The trained weights and the optimiser, whole and on the CPU, split (FSDP) or not. Called by
+    every process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    model, optimizer_state = get_state_dict(network, optimizer, options=options)
-    # torch leaves frozen weights out under one name only; a tied output head has two.
-    frozen = {
-        name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad
-    }
-    model = {
-        name: tensor for name, tensor in model.items() if not {name, f"module.{name}"} & frozen
-    }
-    return {"model": model, "optimizer": optimizer_state}
+    weights, state = get_state_dict(model, optimizer, options=options)
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
+    weights = {name: tensor for name, tensor in weights.items() if named[name].requires_grad}
+    return {"weights": weights, "optimizer": state}
 
 
-def restore(
-    run_dir: Path | None, checkpoint: dict, network: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def restore(run_dir: Path | None, checkpoint: dict, model: nn.Module, optimizer) -> None:
     """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    states = {"model_state_dict": checkpoint["model"], "optim_state_dict": checkpoint["optimizer"]}
-    set_state_dict(network, optimizer, **states, options=options)
+    state = {"optim_state_dict": checkpoint["optimizer"], "options": options}
+    set_state_dict(model, optimizer, model_state_dict=checkpoint["weights"], **state)
     if run_dir is not None:
         path = run_dir / "metrics.jsonl"
         os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
 
 
-def save_weights(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """What PEFT or transformers loads, of the trained weights of Policy(model), whole."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    if not isinstance(model, PeftModel):
-        weights = dict(model.state_dict()) | weights
-    model.save_pretrained(folder, state_dict=weights)
+def save_model(folder: Path, policy: Policy, weights: dict[str, Tensor], args: Args) -> None:
+    """What transformers or PEFT loads; its generation config says how it was sampled."""
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    sampling |= {"top_k": args.top_k, "eos_token_id": policy.stop, "pad_token_id": policy.pad}
+    policy.model.generation_config = GenerationConfig(**sampling)
+    policy.model.save_pretrained(folder, state_dict=weights)
 
 
 def save_completions(path: Path, writer: SummaryWriter | None, step: int, said: list[dict]) -> None:
@@ -1618,15 +1471,16 @@ def finish(run_dir: Path, summary: dict) -> None:
     print(f"Completions in {run_dir}/samples, scores in {run_dir}/mmau.md.")
 
 
-def print_loading_lines(
-    folder: Path, model: nn.Module, name: str, revision: str | None, dtype: torch.dtype
-) -> None:
+def print_loading_lines(folder: Path, model: nn.Module, source: tuple, dtype: torch.dtype) -> None:
     """How to load the result."""
-    kind = type(base_model(model)).__name__
+    lora = isinstance(model, PeftModel)
+    kind = type(model.get_base_model() if lora else model).__name__
     print(f"To use the result:\nimport torch\nfrom transformers import {kind}")
-    if isinstance(model, PeftModel):
+    if lora:
         print("from peft import PeftModel")
-        print(f'model = {kind}.from_pretrained("{name}", revision={revision!r}, dtype={dtype})')
+        print(
+            f'model = {kind}.from_pretrained("{source[0]}", revision={source[1]!r}, dtype={dtype})'
+        )
         print(f'model = PeftModel.from_pretrained(model, "{folder}")')
     else:
         print(f'model = {kind}.from_pretrained("{folder}", dtype={dtype})')
@@ -1635,27 +1489,26 @@ def print_loading_lines(
 # -------------------------------------------------------------------------------------------- main
 def check_args(args: Args, processes: int) -> None:
     """Raise InputError for flags that cannot work."""
+    may_be_zero = {"seed", "lora_rank", "top_k", "beta0", "weight_decay", "eval_temperature"}
+    may_be_zero.add("think_budget")
     for name, value in vars(args).items():
         values = value if isinstance(value, tuple) else (value,)
-        zero = ("seed", "lora_rank", "beta0", "weight_decay", "eval_temperature", "think_budget")
-        lowest = 0 if name in zero else 1e-30
-        lowest = -math.inf if name == "reward_weights" else lowest
         numbers = [number for number in values if type(number) in (int, float)]
+        lowest = -math.inf if name == "reward_weights" else 0 if name in may_be_zero else 1e-30
         if not all(math.isfinite(number) and number >= lowest for number in numbers):
-            flag = f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
-            raise InputError(f"{flag}: must be {'finite' if lowest < 0 else 'positive'}")
-    if args.group_size < 2:
-        raise InputError("--group-size: at least 2, the others are the baseline")
-    if args.max_audio_seconds < 0.1:
-        raise InputError("--max-audio-seconds: at least 0.1")
-    if args.prompts_per_update % processes:
-        raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
+            raise InputError(f"--{name.replace('_', '-')} {value}: is out of its range")
     if len(args.reward_weights) not in (len(REWARDS), len(REWARDS) + len(args.reward)):
         raise InputError(f"--reward-weights: of {', '.join(REWARDS)}, and of each --reward or none")
+    if args.group_size < 2 or args.top_p > 1:
+        raise InputError("--group-size: 2 or more, the others are the baseline; --top-p: up to 1")
+    if args.max_audio_seconds < 0.1:
+        raise InputError("--max-audio-seconds: at least 0.1")
     if (args.eval_data if args.eval_only else args.train_data) is None:
         raise InputError("--train-data must be given; or --eval-only and --eval-data")
-    if args.adapter and not args.eval_only:
-        raise InputError("--adapter: goes with --eval-only; training starts at the model")
+    if args.prompts_per_update % processes:
+        raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
+    if args.fsdp and (args.lora_rank or args.adapter or args.eval_only or processes == 1):
+        raise InputError("--fsdp: for all weights (no LoRA) over several processes of torchrun")
     if int(os.environ.get("WORLD_SIZE", "1")) != processes:
         raise InputError("torchrun: its processes would be unrelated runs here; add --cpu")
 
@@ -1671,75 +1524,54 @@ def main(args: Args) -> None:
     resumed = args.resume is not None
     if resumed:
         args, run_dir, stored = find_run(args)
-    on_gpu = torch.cuda.is_available() and not args.cpu
-    dtype = choose_dtype(args.precision, torch.device("cuda" if on_gpu else "cpu"))
-    mixed_precision = "bf16" if dtype == torch.bfloat16 else "no"
-    accelerator = accelerate.Accelerator(cpu=args.cpu, mixed_precision=mixed_precision)
+    accelerator = accelerate.Accelerator(cpu=args.cpu)
     device, is_main = accelerator.device, accelerator.is_main_process
     processes, rank = accelerator.num_processes, accelerator.process_index
     check_args(args, processes)
     if resumed and (run_dir / "summary.json").exists():
         accelerator.print(f"{run_dir} is finished: nothing is left to do")
         return
+    dtype = choose_dtype(args.precision, device)
 
     # What is small and may be refused comes before what is large.
-    model_name, commit = find_model(args.model_id)
-    model_class(model_name, commit)
-    options = {"revision": commit, "trust_remote_code": False}
-    processor = AutoProcessor.from_pretrained(model_name, **options)
+    source = find_model("--model-id", args.model_id)
+    options = {"revision": source[1], "trust_remote_code": False}
+    processor = AutoProcessor.from_pretrained(source[0], **options)
+    tokenizer = processor.tokenizer
     window = getattr(processor.feature_extractor, "chunk_length", math.inf)  # of the model, seconds
-    seconds = min(args.max_audio_seconds, window)
-    data = load_questions(args, seconds)
-    sources = {"model_id": model_name if commit is None else f"{model_name}@{commit}"}
-    sources |= data.sources
+    args = dataclasses.replace(args, max_audio_seconds=min(args.max_audio_seconds, window))
+    data = load_questions(args)
+    sources = {"model_id": "@".join(filter(None, source))} | data.sources
     rows = [[question.row for question in part] for part in (data.train, data.heldout)]
     prompts_sha256 = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
     if resumed and prompts_sha256 != stored["prompts_sha256"]:
         raise InputError("--train-data, --eval-data: other questions than when the run began")
-    plugins = load_plugins("--reward", args.reward, set(TAKEN_TAGS))
+    plugins = load_plugins(args.reward)
     names = (*REWARDS, *plugins)
     unweighted = len(names) - len(args.reward_weights)
     reward_weights = torch.tensor([*args.reward_weights, *[1.0] * unweighted])  # [R]
-    example = [data.heldout[0].row] * 2
-    score(["a", "b"], [1, 1], example, args.think_budget, args.max_completion_length, plugins)
+    score(["a", "b"], [1, 1], [data.heldout[0].row] * 2, plugins, args)
+    longest = longest_prompt(processor, data, args)
 
-    # Policy and reference.
     seed_everything(args.seed)
-    model = load_model(model_name, commit, args, dtype)
-    stop, banned = special_tokens(model, processor)
-    if not stop:
-        raise InputError("--model-id: no end-of-sequence token in tokenizer or generation config")
-    policy, frozen, trainable = Policy(model, banned), None, []
-    if args.eval_only:
-        policy = accelerator.prepare_model(policy, evaluation_mode=True)
-    else:
-        if not args.lora_rank:  # one audio tower is enough
-            shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-            frozen = copy.deepcopy(policy, shared).requires_grad_(False)
-            frozen = accelerator.prepare_model(frozen, evaluation_mode=True)
-        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
-        optimizer = torch.optim.AdamW(trainable, **options)
-        network, optimizer = accelerator.prepare(policy, optimizer)
-        # Without gradients no DDP is needed. accelerate has put autocast into both forwards.
-        policy = accelerator.unwrap_model(network)
-        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    listener = Listener(policy, processor, stop, seconds, accelerator)
+    policy = load_policy(args, source, processor, longest, device, dtype == torch.bfloat16)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
 
     if not resumed:
         run_dir = create_run(args, sources, prompts_sha256) if is_main else None
-    lock = lock_run(run_dir) if is_main else None  # held until the process ends
+    lock = lock_run(run_dir) if is_main else None
     if is_main and data.skipped:
-        text = json.dumps(data.skipped, indent=1, allow_nan=False)
-        (run_dir / "skipped.json").write_text(text)
+        (run_dir / "skipped.json").write_text(json.dumps(data.skipped, indent=1, allow_nan=False))
     groups, group = args.prompts_per_update, args.group_size
+    # Whole groups stay in one process.
+    my_groups = slice(rank * groups // processes, (rank + 1) * groups // processes)
     accelerator.print(
         f"{run_dir}: {args.method}, {processes} x {device.type}, {dtype}, "
-        f"{sum(parameter.numel() for parameter in trainable):,} trained parameters\n"
-        f"{describe(data, args, seconds)}\n"
-        f"a completion ends with {processor.tokenizer.convert_ids_to_tokens(stop)}; "
+        f"{sum(parameter.numel() for parameter in trained):,} trained parameters\n"
+        f"{describe(data, args)}\n"
         f"each iteration {groups} questions x {group} completions of at most "
-        f"{args.max_completion_length} tokens, {args.updates_per_rollout} updates"
+        f"{args.max_completion_length} tokens, {args.updates_per_rollout} updates; stop tokens "
+        f"{tokenizer.convert_ids_to_tokens(policy.stop)}"
         + "\nwarning: --group-size: the mean of so few completions is a noisy baseline"
         * (group < 4)
     )
@@ -1747,180 +1579,174 @@ def main(args: Args) -> None:
     about |= {"questions": len(data.asked), "skipped": len(data.skipped)}
     if args.eval_data and Path(args.eval_data).is_file():  # MMAU has several versions
         about["eval_data_sha256"] = hashlib.sha256(Path(args.eval_data).read_bytes()).hexdigest()
+    evaluation = processor, data, plugins, accelerator, args
     if args.eval_only:
-        metrics, scores, said = evaluate(listener, data, plugins, args)
+        metrics, scores, said = evaluate(policy, *evaluation)
         if is_main:
             save_completions(run_dir / "samples/predictions.json", None, 0, said)
             finish(run_dir, {"final": metrics} | about | {"scores": scores})
         return
 
-    # The base model's own figures, or where the run was.
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(trained, **options)
+    first = 0
     if resumed:
         checkpoint = load_checkpoint(run_dir)
-        restore(run_dir if is_main else None, checkpoint, network, optimizer.optimizer)
-        first, base, metrics = (checkpoint[key] for key in ("iteration", "base", "metrics"))
+        first, base, metrics = (checkpoint[name] for name in ("iteration", "base", "metrics"))
         scores = checkpoint["scores"]
+        restore(run_dir if is_main else None, checkpoint, policy.model, optimizer)
+        renew_sampler(policy)
     else:
-        first, (metrics, scores, said) = 0, evaluate(listener, data, plugins, args)
-        base = metrics
+        base, scores, said = evaluate(policy, *evaluation)
+        metrics = base
     writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
     if is_main and not resumed:
         save_completions(run_dir / "samples/000000.json", writer, 0, said)
         log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
-    # Whole groups stay in one process.
-    mine = slice(rank * groups // processes, (rank + 1) * groups // processes)
-    local_groups = groups // processes
-    schedule = draw_prompts(data.train, groups, args.iterations, args.seed)
-    without_spread = 0
     bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
-        # ---- 1. rollout: the policy's completions, and their rewards. Every process draws all
-        # random numbers and takes its own groups' of them: the result does not depend on their
-        # number.
+        # ---- 1. rollout: completions of the policy, and their rewards. Every process draws all
+        # random numbers and takes those of its groups: the result does not depend on their number.
         started = time.perf_counter()
         rng = seed_everything(args.seed, iteration)
-        asked = schedule[iteration - 1][mine]
-        prompts = embed(listener, asked, args.think_budget)
-        encoded = time.perf_counter()
-        uniforms = torch.rand(groups, group, args.max_completion_length, generator=rng)[mine]
+        drawn = draw_prompts(len(data.train), groups, iteration - 1, args.seed)[my_groups]
+        inputs = hear(policy, processor, [data.train[row] for row in drawn], args)
+        rows = [data.train[row].row for row in drawn for _ in range(group)]
+        uniforms = torch.rand(groups, group, args.max_completion_length, generator=rng)[my_groups]
         at_once = max(1, args.rollout_batch // group)
-        tokens, mask, sampled_logp = draw(listener, prompts, uniforms, args.temperature, at_once)
-        texts, counts = read_out(processor, tokens, mask)  # of [P/processes,G,C]
+        tokens, kept, sampled_logp = rollout(policy, inputs, uniforms.to(device), at_once)  # [N,C]
+        completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
         rolled_out = time.perf_counter()
-        rows = [question.row for question in asked for _ in range(group)]
-        limits = args.think_budget, args.max_completion_length
-        values = score(texts, counts, rows, *limits, plugins).to(device)
-        values = accelerator.gather(values).view(groups, group, -1).cpu()  # [P,G,R], of all
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        values = score(texts, list(map(len, completions)), rows, plugins, args)
+        values = accelerator.gather(values.to(device)).cpu()
+        values = values.unflatten(0, (groups, group))  # [P,G,R], of all processes
         reward = values @ reward_weights  # [P,G]
+        rewarded = time.perf_counter()
+
+        # ---- 2. advantage, and each completion's KL coefficient (eq. 7)
+        advantage = group_advantage(reward, scale=args.scale_rewards == "group")  # [P,G]
+        coefficient = torch.full_like(advantage, args.beta0)
+        if args.method == "adrpo":
+            coefficient = adaptive_beta(advantage, args.beta0, args.adv_clip_k)
+        my_advantage = advantage[my_groups].flatten().to(device)  # [N]
+        my_coefficient = coefficient[my_groups].flatten().to(device)
+
+        # ---- 3. updates on this rollout, in parts whose gradients add up to the gradient of the
+        # mean over all completions
+        decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
+        decay = decay if args.lr_schedule == "cosine" else 1.0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5) * decay
+        batch = Batch(inputs, tokens, kept)
+        ref_logp = reference_log_probabilities(policy, batch, args)  # [N,C]
+        old_logp = torch.zeros_like(ref_logp)
+        totals = defaultdict(float)
+        for update in range(args.updates_per_rollout):
+            optimizer.zero_grad(set_to_none=True)
+            gap = torch.zeros(len(tokens), device=device)  # [N], sampler against this pass
+            for at, logp, entropy in completion_passes(policy, policy.model, batch, args):
+                mask = kept[at]
+                if update == 0:
+                    old_logp[at] = logp.detach()
+                    off = ((sampled_logp[at] - logp.detach()).abs() * mask).sum(1)
+                    totals["sampling/sampling_logp_difference/mean"] += off.sum()
+                    gap[at] = off / mask.sum(1).clamp(min=8)
+                weight, beta = my_advantage[at], my_coefficient[at]
+                share = len(weight) / len(tokens)
+                inputs = logp, old_logp[at], ref_logp[at], weight
+                loss = share * grpo_loss(*inputs, beta, mask, args.clip_eps)
+                loss.backward()
+                with torch.no_grad():
+                    policy_loss = grpo_loss(*inputs, torch.zeros_like(beta), mask, args.clip_eps)
+                    totals["losses/total"] += loss.detach()
+                    totals["losses/policy"] += share * policy_loss
+                    ratio, better = (logp - old_logp[at]).exp(), weight[:, None] > 0
+                    above, below = ratio > 1 + args.clip_eps, ratio < 1 - args.clip_eps
+                    clipped = torch.where(better, above, below) & (weight[:, None] != 0)
+                    totals["clip_ratio/region_mean"] += (clipped * mask).sum()
+                    totals["kl"] += (kl_k3(logp, ref_logp[at]) * mask).sum()
+                    totals["entropy"] += (entropy * mask).sum()
+            if update == 0:
+                largest_gap = accelerator.gather(gap).max().item()
+                if not largest_gap <= SAMPLER_BOUND[dtype]:
+                    what = f"a completion's log-probabilities differ by {largest_gap:.2g} nats"
+                    raise InputError(f"--model-id: {what} a token between rollout and training")
+            if processes > 1 and not args.fsdp:  # with FSDP the backward pass has done it
+                for parameter in trained:
+                    if parameter.grad is not None:
+                        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            grad_norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            grad_norm = grad_norm.full_tensor() if args.fsdp else grad_norm
+            totals["losses/grad_norm"] += grad_norm
+            loss = accelerator.reduce(totals["losses/total"], "mean")
+            if not (loss + grad_norm).isfinite():
+                raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
+            optimizer.step()
+        shares = [p.to_local() if args.fsdp else p for p in trained]
+        finite = torch.tensor([float(all(p.isfinite().all() for p in shares))], device=device)
+        if accelerator.gather(finite).min() < 1:
+            raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
+        renew_sampler(policy)
+        updated = time.perf_counter()
+
+        # ---- 4. log, evaluate, save
         record = {"reward/mean": reward.mean().item(), "reward/std": reward.std(1).mean().item()}
         constant = (reward == reward[:, :1]).all(dim=1).float().mean().item()
         record["reward/frac_reward_zero_std"] = constant
         for i, name in enumerate(names):
             record[f"reward/{name}"] = values[..., i].mean().item()
-        lengths = accelerator.gather(mask.sum(2).flatten()).float()  # [P*G]
-        ended = (torch.isin(tokens, torch.tensor(stop, device=device)) & mask).any(dim=2)
-        record["completions/mean_length"] = lengths.mean().item()
-        record["completions/clipped_ratio"] = 1 - accelerator.gather(ended.float()).mean().item()
-        rewarded = time.perf_counter()
-
-        # ---- 2. advantage, and each completion's KL coefficient (eq. 7)
-        advantage = group_advantage(reward, args.scale_rewards)  # [P,G]
-        coefficient = torch.full_like(advantage, args.beta0)
-        if args.method == "adrpo":
-            coefficient = adaptive_beta(advantage, args.beta0, args.adv_clip_k)
+        lengths = accelerator.gather(kept.sum(1))
+        for tag, total in totals.items():
+            total = accelerator.reduce(total, "mean").item()
+            per_token = lengths.sum().item() / processes
+            updates = 1 if tag.startswith("sampling") else args.updates_per_rollout
+            record[tag] = total / updates / (1 if tag.startswith("losses") else per_token)
+        record["losses/divergence"] = record["losses/total"] - record["losses/policy"]
+        record["sampling/sampling_logp_difference/max"] = largest_gap
         limit = math.inf if args.adv_clip_k is None else args.adv_clip_k * args.beta0
         record |= adrpo_statistics(coefficient, advantage, limit)
-        my_advantage, my_coefficient = advantage[mine].to(device), coefficient[mine].to(device)
-
-        # ---- 3. updates on this rollout, in passes whose gradients add up to that of the mean over
-        # all completions
-        decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
-        decay = decay if args.lr_schedule == "cosine" else 1.0
-        for settings in optimizer.param_groups:
-            settings["lr"] = args.learning_rate * min(1.0, iteration / 5) * decay
-        sizes = torch.tensor([max(map(len, prompts)), tokens.shape[2]], device=device)
-        # As many passes in every process.
-        sizes = accelerator.gather(sizes).view(-1, 2).amax(0).tolist()
-        passes = micro_batches(local_groups, group, *sizes, args.train_tokens)
-        old_logps, ref_logps = {}, {}
-        losses, token_sums = defaultdict(float), defaultdict(float)
-        for _ in range(args.updates_per_rollout):
-            optimizer.zero_grad(set_to_none=True)
-            for number, (part, columns) in enumerate(passes):
-                kept = mask[part, columns]
-                kept = kept[..., : int(kept.sum(2).max())]
-                size = kept.shape[2]
-                completions = tokens[part, columns, :size]
-                question = (prompts[part], completions, args.temperature)
-                if number not in ref_logps:
-                    with reference_policy(policy, frozen) as reference:
-                        ref_logps[number] = completion_log_probabilities(reference, *question)[0]
-                last_pass = number + 1 == len(passes)
-                with contextlib.nullcontext() if last_pass else accelerator.no_sync(network):
-                    logp, entropy = completion_log_probabilities(network, *question)
-                    old_logp = old_logps.setdefault(number, logp.detach())
-                    ref_logp, sampled = ref_logps[number], sampled_logp[part, columns, :size]
-                    logp, old_logp, ref_logp, sampled, entropy, kept = (
-                        tensor.flatten(0, 1)
-                        for tensor in (logp, old_logp, ref_logp, sampled, entropy, kept)
-                    )  # [b,C]
-                    a = my_advantage[part, columns].flatten()  # [b]
-                    c = my_coefficient[part, columns].flatten()
-                    share = len(a) / (local_groups * group)
-                    loss = share * grpo_loss(logp, old_logp, ref_logp, a, c, kept, args.clip_eps)
-                    accelerator.backward(loss)
-                with torch.no_grad():
-                    none = torch.zeros_like(c)
-                    policy_loss = grpo_loss(logp, old_logp, ref_logp, a, none, kept, args.clip_eps)
-                    losses["losses/total"] += loss.detach()
-                    losses["losses/policy"] += share * policy_loss
-                    clipped = clipped_tokens(logp, old_logp, a, args.clip_eps)
-                    token_sums["kl"] += (kl_k3(logp, ref_logp) * kept).sum()
-                    token_sums["entropy"] += (entropy * kept).sum()
-                    token_sums["clip_ratio/region_mean"] += (clipped * kept).sum()
-                    difference = (old_logp - sampled).abs() * kept
-                    token_sums["sampling/sampling_logp_difference/mean"] += difference.sum()
-                    token_sums["tokens"] += kept.sum()
-            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-            if hasattr(grad_norm, "full_tensor"):  # FSDP
-                grad_norm = grad_norm.full_tensor()
-            losses["losses/grad_norm"] += grad_norm.to(device)
-            loss = accelerator.reduce(losses["losses/total"], "mean")
-            if not (loss + grad_norm.to(device)).isfinite():  # before the step
-                raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
-            optimizer.step()
-        if not all(local(parameter).isfinite().all() for parameter in trainable):
-            raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
-        token_sums = {tag: accelerator.reduce(s, "mean") for tag, s in token_sums.items()}
-        count = token_sums.pop("tokens")
-        for tag, total in losses.items():
-            record[tag] = accelerator.reduce(total, "mean").item() / args.updates_per_rollout
-        record["losses/divergence"] = record["losses/total"] - record["losses/policy"]
-        record |= {tag: (total / count).item() for tag, total in token_sums.items()}
-        updated = time.perf_counter()
-
-        # ---- 4. log, evaluate, save
+        record["completions/mean_length"] = lengths.float().mean().item()
+        ended = gather_object([float(one[-1] in policy.stop) for one in completions])
+        record["completions/clipped_ratio"] = 1 - sum(ended) / len(ended)
         record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        record["charts/seconds_audio"] = encoded - started
-        record["charts/seconds_rollout"] = rolled_out - encoded
+        record["charts/seconds_rollout"] = rolled_out - started
         record["charts/seconds_reward"] = rewarded - rolled_out
         record["charts/seconds_update"] = updated - rewarded
         record["charts/tokens_per_second"] = lengths.sum().item() / (updated - started)
         if device.type == "cuda":
             record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         last = iteration == args.iterations
-        evaluates = last or iteration % args.eval_every == 0
-        saves = last or iteration % args.save_every == 0
-        if evaluates:
-            metrics, scores, said = evaluate(listener, data, plugins, args)
+        evaluated = last or iteration % args.eval_every == 0
+        if evaluated:
+            metrics, scores, said = evaluate(policy, *evaluation)
             record |= {f"eval/{name}": value for name, value in metrics.items()}
-        if evaluates or saves:  # every process takes part
-            state = training_state(network, optimizer.optimizer)
+        if is_main and evaluated:
+            save_completions(run_dir / f"samples/{iteration:06d}.json", writer, iteration, said)
+            if args.keep_adapters and policy.reference is None:
+                policy.model.save_pretrained(run_dir / f"adapters/{iteration:06d}")
         if is_main:
             log(run_dir, writer, iteration, record)
             writer.add_histogram("adrpo/coefficient", coefficient, iteration)
-        if is_main and evaluates:
-            save_completions(run_dir / f"samples/{iteration:06d}.json", writer, iteration, said)
-            if args.keep_adapters and args.lora_rank:
-                folder = run_dir / f"adapters/{iteration:06d}"
-                save_weights(folder, policy.model, state["model"])
-        if is_main and saves:
-            progress = {"iteration": iteration, "base": base, "metrics": metrics, "scores": scores}
-            save_checkpoint(run_dir, progress, state)
         bar.set_postfix(accuracy=record["reward/accuracy"], kl=record["kl"])
-        without_spread = without_spread + 1 if constant > 0.8 else 0
-        if without_spread == 10 and is_main:
-            tqdm.write(NO_SPREAD)
+        if last or iteration % args.save_every == 0:
+            state = training_state(policy.model, optimizer)
+            if is_main:
+                state |= {"iteration": iteration, "metrics": metrics, "base": base}
+                state |= {"scores": scores}
+                state["metrics_bytes"] = (run_dir / "metrics.jsonl").stat().st_size
+                write_safely(run_dir / "checkpoint.pt", state)
 
-    weights = training_state(network, optimizer.optimizer)["model"]
+    options = {"full_state_dict": True, "cpu_offload": True}  # of all weights the frozen ones too
+    options["ignore_frozen_params"] = policy.reference is None
+    weights = get_model_state_dict(policy.model, options=StateDictOptions(**options))
     if is_main:
         writer.close()
+        save_model(run_dir / "final", policy, weights, args)
         processor.save_pretrained(run_dir / "final")
-        save_weights(run_dir / "final", policy.model, weights)
         summary = {"base": base, "final": metrics, "iterations": args.iterations}
         finish(run_dir, summary | {"method": args.method} | about | {"scores": scores})
-        print_loading_lines(run_dir / "final", policy.model, model_name, commit, dtype)
+        print_loading_lines(run_dir / "final", policy.model, source, dtype)
     del lock
 
 
