@@ -1291,10 +1291,10 @@ def load_policy(args: Args, source: tuple, processor, longest: int, device, bf16
 
 
 def shard(network: nn.Module, bf16: bool) -> None:
-    """Split a network over the processes (FSDP2), layer by layer."""
+    """Split a network over the processes (FSDP2), layer by layer, from the inside out."""
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
     options = {"mp_policy": MixedPrecisionPolicy(**options), "reshard_after_forward": True}
-    for part in network.modules():
+    for part in reversed([*network.modules()]):
         if type(part).__name__ in (network._no_split_modules or ()):
             fully_shard(part, **options)
     fully_shard(network, **options)
@@ -1535,6 +1535,7 @@ def main(args: Args) -> None:
 
     # What is small and may be refused comes before what is large.
     source = find_model("--model-id", args.model_id)
+    model_class(*source)
     options = {"revision": source[1], "trust_remote_code": False}
     processor = AutoProcessor.from_pretrained(source[0], **options)
     tokenizer = processor.tokenizer

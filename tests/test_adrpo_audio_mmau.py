@@ -8,7 +8,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import fcntl
 import inspect
 import io
 import json
@@ -34,6 +33,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+from filelock import FileLock
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -48,7 +48,6 @@ from transformers import (
 )
 
 import adrpo_audio_mmau as mmau
-import adrpo_fm_sd3 as sd3
 import adrpo_grpo_llm as llm
 from benchmark import mmau_scaling
 from tests import tiny_models
@@ -214,6 +213,14 @@ def refused(*flags):
     assert code.startswith("error: ")
     assert len(code.splitlines()) == 1
     return code
+
+
+def run_in_two_processes(*flags):
+    launcher = "import torch.distributed.run as launcher; launcher.main()"
+    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", "2", SCRIPT]
+    command = [*map(str, command), *replaced(flags)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def read_metrics(run, timing=False):
@@ -467,7 +474,8 @@ def test_rewards_by_hand_and_their_bounds():
     # first then; so; pitch noise rhythm tempo
     assert mmau.reward_keywords(text) == pytest.approx(2 / 3 + 1 / 3 + 1)
     assert mmau.reward_overthinking(3, 12) == 0.75
-    values = mmau.score([text, "nothing"], [3, 12], [row, row], True, 12)
+    args = mmau.Args(max_completion_length=12)
+    values = mmau.score([text, "nothing"], [3, 12], [row, row], {}, args)
     torch.testing.assert_close(values, torch.tensor([[1, 1, 0.25, 2, 0.75], [0, 0, 0, 0, 0]]))
     assert values.dtype == torch.float32
     same = "<think>owl crow bird</think><answer>owl crow bird</answer>"
@@ -519,35 +527,36 @@ ASKED = [
 
 
 class Setup(SimpleNamespace):
-    """policy, processor, banned, device; inputs: the stock processor's, one a question; prompts:
-    the script's own."""
+    """policy, processor, args, banned; texts, waves; inputs: the stock processor's, one a question;
+    batch: the script's own, of all of them."""
 
 
-def prepare(folder, *, rank=0, checkpointing=False, asked=ASKED):
+def prepare(folder, *, rank=0, asked=ASKED, **flags):
     """The policy as the script builds it, its LoRA not zero, and some questions."""
-    args = mmau.Args(model_id=str(folder), lora_rank=rank, gradient_checkpointing=checkpointing)
+    args = mmau.Args(model_id=str(folder), lora_rank=rank, max_completion_length=10, **flags)
     torch.manual_seed(4)
-    model = mmau.load_model(str(folder), None, args, torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
-    for name, parameter in model.named_parameters():
+    texts, waves, inputs = [], [], []
+    for seed, (seconds, question, choices) in enumerate(asked):
+        waves.append(sound(seconds, seed))
+        row = {"question": question, "choices": CHOICES[:choices]}
+        texts.append(mmau.build_prompt(processor, row, 50))
+        options = {"sampling_rate": 16000, "return_tensors": "pt"}
+        inputs.append(processor(text=texts[-1], audio=waves[-1:], **options))
+    batch = mmau.encode(AutoProcessor.from_pretrained(folder), texts, waves)
+    longest = batch["input_ids"].shape[1]
+    policy = mmau.load_policy(args, (str(folder), None), processor, longest, CPU, False)
+    for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    _, banned = mmau.special_tokens(model, processor)
-    policy = mmau.Policy(model, banned)
-    stock_processor, inputs, prompts = AutoProcessor.from_pretrained(folder), [], []
-    for seed, (seconds, question, choices) in enumerate(asked):
-        wave, row = sound(seconds, seed), {"question": question, "choices": CHOICES[:choices]}
-        text = mmau.build_prompt(processor, row, 50)
-        inputs.append(
-            stock_processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
-        )
-        prompts.append(mmau.embed_question(policy, processor, text, wave, CPU))
-    return Setup(policy=policy, processor=processor, banned=banned, inputs=inputs, prompts=prompts)
+    banned = mmau.placeholders(processor)
+    own = {"texts": texts, "waves": waves, "inputs": inputs, "batch": batch}
+    return Setup(policy=policy, processor=processor, args=args, banned=banned, **own)
 
 
-def stock_copy(family, folder, policy, attention="sdpa"):
-    """The policy's weights in a stock model that knows nothing of shared prompts."""
-    model = STOCK[family].from_pretrained(folder, attn_implementation=attention)
+def stock_copy(family, folder, policy):
+    """The policy's weights in a stock model."""
+    model = STOCK[family].from_pretrained(folder)
     if isinstance(policy.model, peft.PeftModel):
         model = peft.get_peft_model(model, policy.model.peft_config["default"])
     model.load_state_dict(policy.model.state_dict())
@@ -571,6 +580,20 @@ def plain(model, inputs, completions, banned, temperature):
     return logp, entropy
 
 
+def trained_passes(it, completions, mask, temperature):
+    """The script's log-probabilities and entropies of completions [B,G,C], and a backward pass from
+    the former, weighted."""
+    policy = it.policy._replace(temperature=temperature)
+    batch = mmau.Batch(it.batch, completions.flatten(0, 1), mask.flatten(0, 1))
+    logp, entropy = torch.zeros(batch.kept.shape), torch.zeros(batch.kept.shape)
+    factors = mask.flatten(0, 1) * numbers(*mask.shape, seed=9).flatten(0, 1)
+    for at, some, spread in mmau.completion_passes(policy, policy.model, batch, it.args):
+        logp[at], entropy[at] = some.detach(), spread
+        if some.requires_grad:
+            (some * factors[at]).sum().backward()
+    return logp.view(mask.shape), entropy.view(mask.shape)
+
+
 def ragged(rows=3, group=3, size=5, seed=0):
     """Completions [B,G,C] and their mask, of 1 to C tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -584,38 +607,25 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def weighted(logp, mask):
-    return (logp * mask * numbers(*mask.shape, seed=9)).sum()
-
-
-def read_prompts(policy, prompts):
-    """The Policy's logits at every place of prompts that share one length, float32 [B,L,V]."""
-    nothing = torch.zeros(len(prompts), 0, dtype=torch.long)
-    embeds, lengths = mmau.pad(prompts, CPU)
-    shared = mmau.SharedPrompt(
-        embeds.shape[1], 1, mmau.padding_of(lengths, embeds.shape[1]), cache={}, room=1
-    )
-    positions = torch.arange(embeds.shape[1]).expand(len(prompts), -1)
-    return policy(embeds, nothing, positions, shared, positions)
+def roll(it, chance, temperature=1.0, stop=STOP, at_once=64):
+    """The script's tokens, mask and log-probabilities, [B,G,C] each."""
+    policy = it.policy._replace(temperature=temperature, stop=stop)
+    parts = mmau.rollout(policy, it.batch, chance, at_once)
+    return [part.unflatten(0, chance.shape[:2]) for part in parts]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_it_reads_what_the_stock_model_reads(models, family, rank):
-    it = prepare(models[family], rank=rank)
-    stock, found = stock_copy(family, models[family], it.policy), []
-    decoder = (stock.get_base_model() if rank else stock).model.language_model
-    decoder.register_forward_pre_hook(
-        lambda _, args, named: found.append(named["inputs_embeds"]), with_kwargs=True
-    )
-    for one, prompt in zip(it.inputs, it.prompts, strict=True):
-        expected = stock(**one).logits
-        assert torch.equal(found[-1][0], prompt)
-        got = read_prompts(it.policy, [prompt])
-        expected[..., it.banned] = -1e9
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert len({len(prompt) for prompt in it.prompts}) == 3
+def test_it_reads_what_the_stock_model_reads(models, family):
+    """Clips of different lengths in one batch, against each alone."""
+    it = prepare(models[family], rank=4)
+    stock = stock_copy(family, models[family], it.policy)
+    got, cache = mmau.read_prompts(it.policy.model, it.batch)
+    assert got.shape[:2] == (3, 1)
+    for logits, one in zip(got, it.inputs, strict=True):
+        torch.testing.assert_close(logits, stock(**one).logits[0, -1:], rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == it.batch["input_ids"].shape[1]
+    assert len({one["input_ids"].shape[1] for one in it.inputs}) == 3
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.97, 300])
@@ -627,7 +637,7 @@ def test_omnis_window_of_300_seconds_is_not_filled_and_the_spectrogram_stays_the
     )
     wave = np.tile(sound(min(seconds, 2)), 150)[: round(seconds * 16000)]
     text = mmau.build_prompt(processor, {"question": "?", "choices": CHOICES}, 50)
-    got = mmau.embed_question(lambda audio_inputs: [audio_inputs], processor, text, wave, CPU)
+    got = mmau.encode(processor, [text], [wave])
     stock = processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
     assert (
         got["input_features"].shape[2] <= 100 * seconds + 5 < stock["input_features"].shape[2] + 6
@@ -639,53 +649,23 @@ def test_omnis_window_of_300_seconds_is_not_filled_and_the_spectrogram_stays_the
     assert torch.equal(got["input_ids"], stock["input_ids"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_hearing_passes_through_the_wrapped_forward_and_leaves_nothing_behind(models, family, rank):
-    """FSDP gathers weights in hooks of what it wraps: each module entered must be left, the policy
-    first and last."""
-    it, calls = prepare(models[family], rank=rank), []
-    for module in it.policy.modules():
-        module.register_forward_pre_hook(lambda module, *_: calls.append((module, "in")))
-        module.register_forward_hook(lambda module, *_: calls.append((module, "out")))
-    before = {module: set(vars(module)) for module in it.policy.modules()}
-    text, wave = (
-        mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50),
-        sound(1),
-    )
-    heard = mmau.embed_question(it.policy, it.processor, text, wave, CPU)
-    assert not heard.requires_grad
-    assert calls[0] == (it.policy, "in")
-    assert calls[-1] == (it.policy, "out")
-    entered = [module for module, way in calls if way == "in"]
-    assert sorted(map(id, entered)) == sorted(id(module) for module, way in calls if way == "out")
-    assert any("Encoder" in type(module).__name__ for module in entered)
-    assert not set(entered) & set(mmau.language_model(it.policy.model).layers)
-    assert {module: set(vars(module)) for module in it.policy.modules()} == before
-    assert torch.equal(heard, mmau.embed_question(it.policy, it.processor, text, wave, CPU))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_hears(models, family):
     it = prepare(models[family])
     text = mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50)
     waves = [sound(1, 0), sound(1, 1), np.zeros(16000, "float32"), sound(1, 0)]
-    prompts = [mmau.embed_question(it.policy, it.processor, text, wave, CPU) for wave in waves]
-    (ids,) = it.processor(text=text, audio=waves[:1], sampling_rate=16000, return_tensors="pt")[
-        "input_ids"
-    ]
-    heard = ids == it.processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    inputs = mmau.encode(it.processor, [text] * 4, waves)
+    assert all(torch.equal(ids, inputs["input_ids"][0]) for ids in inputs["input_ids"])
+    heard = inputs["input_ids"][0] == it.processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
     assert heard.sum() == 25  # one for every 40 ms
-    answers = [read_prompts(it.policy, [prompt])[0, -1] for prompt in prompts]
+    answers, _ = mmau.read_prompts(it.policy.model, inputs)
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert torch.equal(prompts[one][~heard], prompts[other][~heard])
-        assert ((prompts[one] - prompts[other])[heard].norm(dim=1) > 0.1).all()
         assert (answers[one] - answers[other]).abs().max() > 0.1
-    assert torch.equal(prompts[0], prompts[3])
-    assert torch.equal(answers[0], answers[3])
+    torch.testing.assert_close(answers[0], answers[3])
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_in_the_audio_tower_is_off(models, tmp_path, family):
     folder = tmp_path / "model"
@@ -694,29 +674,30 @@ def test_dropout_in_the_audio_tower_is_off(models, tmp_path, family):
     drops = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
     config["audio_config"] |= dict.fromkeys(drops, 0.5)
     (folder / "config.json").write_text(json.dumps(config))
-    for one, other in zip(prepare(folder).prompts, prepare(models[family]).prompts, strict=True):
+    completions, mask = ragged()
+    for checkpointing in (False, True):
+        both = [prepare(f, gradient_checkpointing=checkpointing) for f in (folder, models[family])]
+        one, other = (trained_passes(it, completions, mask, 1.0)[0] for it in both)
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_processor_that_makes_nothing_of_the_clip_is_an_error(models, family):
-    it = prepare(models[family])
-    text, wave = (
-        mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50),
-        sound(1),
-    )
+    processor = AutoProcessor.from_pretrained(models[family])
+    text = mmau.build_prompt(processor, {"question": "Who?", "choices": CHOICES}, 50)
 
     class Deaf:
-        tokenizer, audio_token = it.processor.tokenizer, it.processor.audio_token
+        tokenizer, audio_token = processor.tokenizer, processor.audio_token
 
         def __call__(self, text, **_):
-            return it.processor(text=text.replace("<|AUDIO|>", ""), return_tensors="pt")
+            texts = [one.replace("<|AUDIO|>", "") for one in text]
+            return processor(text=texts, return_tensors="pt")
 
     with pytest.raises(mmau.InputError, match="no audio features"):
-        mmau.embed_question(it.policy, Deaf(), text, wave, CPU)
+        mmau.encode(Deaf(), [text], [sound(1)])
     # a template without a place for the clip
     with pytest.raises(mmau.InputError, match="no audio features"):
-        mmau.embed_question(it.policy, it.processor, text.replace("<|AUDIO|>", ""), wave, CPU)
+        mmau.encode(processor, [text.replace("<|AUDIO|>", "")], [sound(1)])
 
 
 def test_the_thinker_of_a_whole_omni_folder(models, tmp_path):
@@ -733,53 +714,42 @@ def test_the_thinker_of_a_whole_omni_folder(models, tmp_path):
     assert config["model_type"] == "qwen2_5_omni_thinker"
     Qwen2_5OmniConfig(thinker_config=config).save_pretrained(whole)
     assert json.loads((whole / "config.json").read_text())["model_type"] == "qwen2_5_omni"
-    one, other = prepare(models["omni"]), prepare(whole)
-    torch.testing.assert_close(one.policy.state_dict(), other.policy.state_dict(), rtol=0, atol=0)
-    assert one.banned == other.banned
-    with torch.no_grad():
-        assert torch.equal(*(read_prompts(it.policy, it.prompts[:1]) for it in (one, other)))
+    one, other = prepare(models["omni"]).policy, prepare(whole).policy
+    states = one.model.state_dict(), other.model.state_dict()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert one.stop == other.stop
+    assert torch.equal(one.unreadable, other.unreadable)
 
 
-# ----------------------------------------------------------------------------------- C. shared rows
+# --------------------------------------------------------------- C. rollout, training pass and loss
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_shared_rows_are_separate_sequences(models, family, rank):
+def test_the_training_passes_are_separate_sequences(models, family, rank):
+    """Log-probabilities, entropies and gradients, of clips of different lengths, however the passes
+    are cut, and with gradient checkpointing."""
     completions, mask = ragged()
     it = prepare(models[family], rank=rank)
     trained = {name for name, p in it.policy.model.named_parameters() if p.requires_grad}
     stock = stock_copy(family, models[family], it.policy)
     expected, spread = plain(stock, it.inputs, completions, it.banned, 0.7)
-    weighted(expected, mask).backward()
+    (expected * mask * numbers(*mask.shape, seed=9)).sum().backward()
     theirs = {name: value for name, value in gradients(stock).items() if name in trained}
     assert trained == set(theirs)
     assert all((value != 0).any() for value in theirs.values())
-    for checkpointing in (False, True):
-        it = prepare(models[family], rank=rank, checkpointing=checkpointing)
-        logp, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, completions, 0.7)
+    longest = it.policy.lengths[0]
+    for flags in ({}, {"train_tokens": 2 * longest}, {"train_tokens": 20}):
+        it = prepare(models[family], rank=rank, **flags)
+        logp, entropy = trained_passes(it, completions, mask, 0.7)
         torch.testing.assert_close(logp[mask], expected[mask], rtol=1e-5, atol=5e-5)
         torch.testing.assert_close(entropy[mask], spread[mask], rtol=1e-4, atol=5e-5)
-        weighted(logp, mask).backward()
         torch.testing.assert_close(gradients(it.policy.model), theirs, rtol=1e-3, atol=2e-4)
-    assert not entropy.requires_grad
+    it = prepare(models[family], rank=rank, gradient_checkpointing=True)
+    logp, _ = trained_passes(it, completions, mask, 0.7)
+    torch.testing.assert_close(logp[mask], expected[mask], rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(gradients(it.policy.model), theirs, rtol=1e-3, atol=2e-4)
     assert logp[mask].std() > 1
-
-
-def test_logits_in_pieces_change_nothing(models, monkeypatch):
-    completions, mask = ragged()
-    results, calls, piece = [], [], mmau.recompute
-    monkeypatch.setattr(
-        mmau, "recompute", lambda *a, **options: calls.append(1) or piece(*a, **options)
-    )
-    for size in (2**26, 363 * 10):
-        monkeypatch.setattr(mmau, "LOGITS_AT_ONCE", size)
-        it = prepare(models["omni"], rank=4)
-        logp, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, completions, 1.3)
-        weighted(logp, mask).backward()
-        results.append((logp, entropy, gradients(it.policy)))
-    assert len(calls) == 5  # 45 places, 10 at once
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -792,7 +762,7 @@ def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
     # one of them is the likeliest
     head[it.banned[0]], head[it.banned[1]] = numbers(32) * 3, numbers(32) * -3
     stock = stock_copy(family, models[family], it.policy)
-    tokens, mask, logp = mmau.rollout(it.policy, it.prompts, uniforms(9, 2, 10), STOP, 0)
+    tokens, mask, logp = roll(it, uniforms(9, 2, 10), 0.0, at_once=4)
     options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": STOP, "pad_token_id": 0}
     lengths, wanted = set(), 0
     for i, one in enumerate(it.inputs):
@@ -803,7 +773,7 @@ def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
         lengths.add(len(expected))
     assert wanted > 5  # without the ban these would have been said
     assert len(lengths) > 2
-    trained, _ = mmau.completion_log_probabilities(it.policy, it.prompts, tokens, 1.0)
+    trained, _ = trained_passes(it, tokens, mask, 1.0)
     torch.testing.assert_close(logp[mask], trained[mask], rtol=1e-4, atol=5e-5)
 
 
@@ -830,19 +800,30 @@ def slow_completion(model, inputs, chance, banned, temperature):
 def test_sampled_rollouts_against_a_slow_loop(models, family, rank, temperature):
     it = prepare(models[family], rank=rank)
     stock, chance = stock_copy(family, models[family], it.policy), uniforms(3, 5, 10)
-    tokens, mask, logp = mmau.rollout(it.policy, it.prompts, chance, STOP, temperature)
+    tokens, mask, logp = roll(it, chance, temperature)
     for i, one in enumerate(it.inputs):
         for j in range(5):
             expected = slow_completion(stock, one, chance[i, j], it.banned, temperature)
             assert tokens[i, j][mask[i, j]].tolist() == expected
-        own, kept, _ = mmau.rollout(
-            it.policy, it.prompts[i : i + 1], chance[i : i + 1], STOP, temperature
-        )
-        assert torch.equal(kept[0], mask[i, :, : kept.shape[2]])
-        assert torch.equal(own[0], tokens[i, :, : own.shape[2]])
+    alone, kept, _ = roll(it, chance, temperature, at_once=1)
+    assert torch.equal(kept, mask)
+    assert torch.equal(alone[kept], tokens[mask])
     assert len(set(mask.sum(2).flatten().tolist())) > 2
-    trained, _ = mmau.completion_log_probabilities(it.policy, it.prompts, tokens, temperature)
+    trained, _ = trained_passes(it, tokens, mask, temperature)
     torch.testing.assert_close(logp[mask], trained[mask], rtol=1e-4, atol=5e-5)
+
+
+@torch.no_grad()
+def test_padding_a_batch_full_changes_nothing(models):
+    """As on a GPU: every batch has one shape, for which `generate` is compiled."""
+    it, chance = prepare(models["omni"]), uniforms(3, 2, 10)
+    tokens, mask, _ = roll(it, chance)
+    lengths = it.policy.lengths[0] + 7, 10
+    it.policy = it.policy._replace(full=True, lengths=lengths, static={})
+    full, kept, _ = roll(it, chance, at_once=2)
+    assert torch.equal(kept, mask)
+    assert torch.equal(full[kept], tokens[mask])
+    assert [*it.policy.static] == [(4, sum(lengths))]
 
 
 @torch.no_grad()
@@ -855,24 +836,33 @@ def test_banned_tokens_are_never_sampled(models):
     head = it.policy.model.get_output_embeddings().weight
     for token in it.banned:
         head[token] = numbers(32, seed=token) * 3
-    tokens, _, logp = mmau.rollout(it.policy, it.prompts, uniforms(3, 64, 12), [], 5.0)
+    tokens, mask, logp = roll(it, uniforms(3, 64, 10), 5.0)
     assert not torch.isin(tokens, torch.tensor(it.banned)).any()
     assert logp.isfinite().all()
-    _, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, tokens[:, :2], 5.0)
+    _, entropy = trained_passes(it, tokens[:, :2], mask[:, :2], 5.0)
     assert entropy.isfinite().all()
 
 
-OF_TEXT = "token_log_probabilities adaptive_beta kl_k3 grpo_loss choose_tokens micro_batches"
-OF_TEXT += " reference_policy SharedPrompt attend shared_prompt_attention padding_of my_share"
-OF_IMAGES = "seed_everything find_run lock_run log write_safely load_checkpoint choose_dtype"
-REPEATED = [(llm, name) for name in OF_TEXT.split()] + [(sd3, name) for name in OF_IMAGES.split()]
+def test_trained_are_the_layers_and_the_head_of_the_language_model(models):
+    for family in FAMILIES:
+        model = prepare(models[family]).policy.model
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        ours = re.compile(r"model\.language_model\.(layers|norm)\..*|lm_head\.weight")
+        assert trained == {name for name in model.state_dict() if ours.fullmatch(name)}
 
 
-@pytest.mark.parametrize("other,name", REPEATED, ids=[name for _, name in REPEATED])
-def test_what_another_script_has_too_is_the_same(other, name):
+OF_TEXT = "group_advantage adaptive_beta kl_k3 grpo_loss adrpo_statistics seed_everything"
+OF_TEXT += " draw_prompts scaled_logits ChooseByUniform read_completions token_log_probabilities"
+OF_TEXT += " reference_log_probabilities load_plugin find_model load_verified load_adapter"
+OF_TEXT += " renew_sampler stop_tokens create_run find_run lock_run log write_safely"
+OF_TEXT += " load_checkpoint training_state restore save_model choose_dtype InputError"
+
+
+@pytest.mark.parametrize("name", OF_TEXT.split())
+def test_what_the_text_script_has_too_is_the_same(name):
     """The text script's loss and gradients are compared with TRL's in its tests; and copies must
     not drift apart."""
-    assert inspect.getsource(getattr(mmau, name)) == inspect.getsource(getattr(other, name))
+    assert inspect.getsource(getattr(mmau, name)) == inspect.getsource(getattr(llm, name))
 
 
 @pytest.fixture(scope="module")
@@ -915,12 +905,12 @@ def trl_trainer(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_of_grpo_is_trls(models, trl_trainer, family):
-    it, (completions, mask) = prepare(models[family], rank=4), ragged(rows=2, group=4)
-    prompts, rewards = it.prompts[:2], numbers(2, 4, seed=5)
-    logp, entropy = mmau.completion_log_probabilities(it.policy, prompts, completions, 1.0)
-    with mmau.reference_policy(it.policy, None) as reference:
-        ref_logp, _ = mmau.completion_log_probabilities(reference, prompts, completions, 1.0)
-    logp, ref_logp, kept, entropy = (part.flatten(0, 1) for part in (logp, ref_logp, mask, entropy))
+    it, (completions, kept) = prepare(models[family], rank=4), ragged(rows=2, group=4)
+    rewards = numbers(2, 4, seed=5)
+    completions, kept = completions.flatten(0, 1), kept.flatten(0, 1)
+    batch = mmau.Batch(mmau.take(it.batch, slice(0, 2)), completions, kept)
+    ((_, logp, entropy),) = mmau.completion_passes(it.policy, it.policy.model, batch, it.args)
+    ref_logp = mmau.reference_log_probabilities(it.policy, batch, it.args)
     old = logp.detach() + 0.2 * numbers(*logp.shape, seed=6)
     advantage = mmau.group_advantage(rewards).flatten()
     loss = mmau.grpo_loss(logp, old, ref_logp, advantage, torch.full((8,), 0.04), kept, 0.2)
@@ -932,7 +922,7 @@ def test_the_loss_of_grpo_is_trls(models, trl_trainer, family):
         "prompt_mask": torch.ones(8, 1, dtype=torch.long),
     }
     batch |= {
-        "completion_ids": completions.flatten(0, 1),
+        "completion_ids": completions,
         "completion_mask": kept.long(),
         "advantages": advantage,
     }
@@ -1009,7 +999,7 @@ def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
         for path in run.rglob("*")
         if path.is_file() and "tfevents" not in path.name
     }
-    expected = {"args.json", "metrics.jsonl", "summary.json", "mmau.md"}
+    expected = {"args.json", "metrics.jsonl", "summary.json", "mmau.md", ".lock"}
     expected |= {"checkpoint.pt", "checkpoint-previous.pt"}
     expected |= {f"samples/{step:06d}.json" for step in range(3)} | {"final/tokenizer.json"}
     expected |= {"final/config.json" if kind == "full" else "final/adapter_config.json"}
@@ -1020,7 +1010,7 @@ def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
     exported = ("final/", "adapters/")
     assert expected == {name for name in names if not name.startswith(exported) or name in expected}
     assert "6 training questions, 3 for evaluation; 0 clips are cut to 4 s" in out
-    assert "a completion ends with ['<|im_end|>']" in out
+    assert "stop tokens ['<|im_end|>']" in out
     assert str(run / "final") in out
     rows = read_metrics(run, timing=True)
     read_strictly(run)
@@ -1087,11 +1077,10 @@ def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, run
     stock = space["model"]
     assert stock.dtype == torch.float32
     it = prepare(folder, rank=0 if kind == "full" else 4)
-    state = mmau.load_checkpoint(run)["model"]
-    missing, unexpected = it.policy.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) == {name for name, p in it.policy.named_parameters() if not p.requires_grad}
-    mmau.language_model(it.policy.model).set_attn_implementation("sdpa")
+    trained = {name for name, p in it.policy.model.named_parameters() if p.requires_grad}
+    state = mmau.load_checkpoint(run)["weights"]
+    assert set(state) == trained
+    assert not it.policy.model.load_state_dict(state, strict=False).unexpected_keys
     for one in it.inputs:
         expected = stock(**one).logits
         assert torch.equal(expected, it.policy.model.eval()(**one).logits)
@@ -1144,22 +1133,21 @@ def test_an_iteration_is_the_textbook_on_stock_models(
     )
 
     mmau.seed_everything(1)
-    model = mmau.load_model(str(folder), None, mmau.Args(lora_rank=4), torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)
-    stop, banned = mmau.special_tokens(model, processor)
-    policy, inputs, embeds = mmau.Policy(model, banned), [], []
+    processor, source = AutoProcessor.from_pretrained(folder), (str(folder), None)
+    args = mmau.Args(lora_rank=4, temperature=0.9, max_completion_length=12)
+    policy = mmau.load_policy(args, source, processor, 200, CPU, False)
+    banned, inputs, texts, waves = mmau.placeholders(processor), [], [], []
     model, reference = (stock_copy(family, folder, policy) for _ in range(2))
     every = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
-    (rows,) = mmau.draw_prompts(every, 2, 1, 1)
+    rows = [every[row] for row in mmau.draw_prompts(len(every), 2, 0, 1)]
     for row in rows:
-        wave, text = (
-            soundfile.read(files / row["audio"], dtype="float32")[0],
-            mmau.build_prompt(processor, row, 50),
-        )
-        inputs.append(processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt"))
-        embeds.append(mmau.embed_question(policy, processor, text, wave, CPU))
+        waves.append(soundfile.read(files / row["audio"], dtype="float32")[0])
+        texts.append(mmau.build_prompt(processor, row, 50))
+        options = {"sampling_rate": 16000, "return_tensors": "pt"}
+        inputs.append(processor(text=texts[-1], audio=waves[-1:], **options))
     chance = torch.rand(2, 4, 12, generator=mmau.seed_everything(1, 1))
-    tokens, mask, _ = mmau.rollout(policy, embeds, chance, stop, 0.9)
+    batch = mmau.encode(processor, texts, waves)
+    tokens, mask, _ = (p.unflatten(0, (2, 4)) for p in mmau.rollout(policy, batch, chance, 2))
     rewards = torch.zeros(2, 4)
     for p in range(2):
         for g in range(4):
@@ -1232,7 +1220,7 @@ def test_kl_is_exactly_zero_before_the_first_step_in_bf16(base_flags, tmp_path, 
     finish(*base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r")
     row = read_metrics(tmp_path / "r")[1]
     assert row["kl"] == row["clip_ratio/region_mean"] == 0
-    state = mmau.load_checkpoint(tmp_path / "r")["model"]
+    state = mmau.load_checkpoint(tmp_path / "r")["weights"]
     assert all(value.dtype == torch.float32 for value in state.values())
 
 
@@ -1312,8 +1300,7 @@ def test_a_flipped_bit_a_second_writer_and_other_questions_are_refused(
     copy = tmp_path / "copy"
     shutil.copytree(runs["adrpo"][0], copy)
     (copy / "summary.json").unlink()
-    with (copy / "args.json").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(copy / ".lock"):
         assert "another process is writing" in refused("--resume", copy)
     state = bytearray((copy / "checkpoint.pt").read_bytes())
     state[len(state) // 2] ^= 1
@@ -1356,19 +1343,7 @@ def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path):
         "140",
     ]
     finish(*flags, "--run-name", "one")
-    launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [
-        sys.executable,
-        "-c",
-        launcher,
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(SCRIPT),
-        *replaced(flags, "--run-name", "two"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_in_two_processes(*flags, "--run-name", "two")
     assert_same_run(tmp_path / "one", tmp_path / "two", base, tolerance=1e-2)
     said = [
         json.loads((tmp_path / run / "samples" / "000000.json").read_text())
@@ -1377,74 +1352,17 @@ def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path):
     assert said[0] == said[1]
 
 
-# Two processes, torch's own sharding, clips of different lengths; against a policy that is whole.
-SHARDED = """
-import os, sys, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, sys.argv[1])
-from transformers import AutoProcessor
-import adrpo_audio_mmau as mmau
-dist.init_process_group("gloo")
-rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-def build():
-    mmau.seed_everything(4)
-    model = mmau.load_model(sys.argv[2], None, mmau.Args(lora_rank=4), torch.float32)
-    processor = AutoProcessor.from_pretrained(sys.argv[2])
-    return mmau.Policy(model, mmau.special_tokens(model, processor)[1]), processor
-def step_together(done):
-    count = torch.tensor(float(done))
-    dist.all_reduce(count)
-    return count == 2
-(whole, processor), (policy, _) = build(), build()
-for part in reversed(list(policy.modules())):
-    if type(part).__name__.endswith(("DecoderLayer", "EncoderLayer", "AudioEncoder")):
-        fully_shard(part, mesh=mesh)
-fully_shard(policy, mesh=mesh)
-assert not any(p.shape == p.to_local().shape for p in policy.parameters() if p.dim() > 1)
-text = mmau.build_prompt(processor, {"question": "Who?", "choices": ["Man", "Woman"]}, 50)
-generator = torch.Generator().manual_seed(rank)
-wave, chance = torch.rand(12000 + 3000 * rank, generator=generator).numpy(), \
-torch.rand(1, 3, 8, generator=generator)
-for _ in range(2):  # before and after a backward pass
-    heard = [mmau.embed_question(p, processor, text, wave, torch.device("cpu")) \
-for p in (policy, whole)]
-    assert torch.equal(*heard)
-    drawn = [mmau.rollout(p, heard[:1], chance, [2], 1.0, everyone_done=step_together) \
-for p in (policy, whole)]
-    assert torch.equal(drawn[0][0], drawn[1][0])
-    torch.testing.assert_close(drawn[0][2], drawn[1][2])
-    for p in (policy, whole):
-        mmau.completion_log_probabilities(p, heard[:1], drawn[1][0], 1.0)[0].sum().backward()
-for p, q in zip(policy.parameters(), whole.parameters(), strict=True):
-    if q.grad is not None:
-        dist.all_reduce(q.grad)
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad / 2)
-if rank == 0:
-    print("the same")
-dist.barrier()
-sys.stdout.flush()
-os._exit(0)  # not by the front door: gloo sometimes aborts there, which is not what is tested
-"""
-
-
-def test_a_sharded_policy_hears_speaks_and_learns_as_a_whole_one(models, tmp_path):
-    (tmp_path / "program.py").write_text(SHARDED)
-    launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [
-        sys.executable,
-        "-c",
-        launcher,
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        tmp_path / "program.py",
-    ]
-    command += [ROOT, models["omni"]]
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert "the same" in result.stdout, result.stderr[-3000:]
+def test_all_weights_split_over_two_processes_are_one_with_the_same_batch(
+    base_flags, models, tmp_path
+):
+    folder = models["says omni"]
+    flags = [*base_flags, "--model-id", folder, "--lora-rank", "0", "--learning-rate", "1e-3"]
+    flags += ["--output-dir", tmp_path]
+    finish(*flags, "--run-name", "one")
+    run_in_two_processes(*flags, "--fsdp", "--run-name", "two")
+    before = load_file(folder / "model.safetensors")
+    assert_same_run(tmp_path / "one", tmp_path / "two", before, tolerance=1e-2)
+    STOCK["omni"].from_pretrained(tmp_path / "two" / "final")
 
 
 def test_evaluation_of_an_adapter_under_several_budgets(eval_flags, runs, tmp_path):
@@ -1987,12 +1905,12 @@ def test_training_on_a_dataset(base_flags, hub, tmp_path):
     assert "--train-on-eval" in line
     # The same questions, clips without names.
     both = {"train_data": str(hub / "both"), "train_split": "train"}
-    data = mmau.load_questions(mmau.Args(**both, eval_data=str(hub / "both")), 30)
+    data = mmau.load_questions(mmau.Args(**both, eval_data=str(hub / "both")))
     assert [len(data.train), len(data.heldout)] == [3, 3]
     assert [str(q.row["audio"]) for q in data.train] == [f"both:train:{i}" for i in range(3)]
     with pytest.raises(mmau.InputError, match="rows of a test split"):  # they say so themselves
-        mmau.load_questions(mmau.Args(train_data=str(hub / "two"), train_split="train"), 30)
-    data = mmau.load_questions(mmau.Args(**both), 30)
+        mmau.load_questions(mmau.Args(train_data=str(hub / "two"), train_split="train"))
+    data = mmau.load_questions(mmau.Args(**both))
     assert [len(data.train), len(data.heldout)] == [2, 1]
 
 
@@ -2099,10 +2017,10 @@ def test_training_on_a_test_split_or_on_evaluation_questions_needs_the_flag(
             train_data=spec, eval_data=str(files / "eval.json"), eval_audio_dir=str(files / "wavs")
         )
         args.train_on_eval = True
-        assert len(mmau.load_questions(args, 30).train) == 6
+        assert len(mmau.load_questions(args).train) == 6
     rows[0] |= {"audio": "wavs/6.wav", "question": "What else?"}  # another question on a test clip
     args = dataclasses.replace(args, train_data=write_rows(files / "other.json", rows))
-    mmau.load_questions(dataclasses.replace(args, train_on_eval=False), 30)
+    mmau.load_questions(dataclasses.replace(args, train_on_eval=False))
 
 
 # ------------------------------------------------------------------------------------- F. bad input
@@ -2184,7 +2102,7 @@ def nan(prompts, completions, rows):
 """
 BAD = [
     ("--model-id {bad}/none", "--model-id {bad}/none: no config.json"),
-    ("--model-id {bad}/folder", "--model-id {bad}/folder: no config.json"),
+    ("--model-id {bad}/named", "is a LoRA, not a model; give its base model as --model-id"),
     ("--model-id {bad}/cut", "--model-id {bad}/cut: cannot be loaded"),
     ("--model-id {bad}/llama", "a llama; must be Qwen2.5-Omni or Qwen2-Audio"),
     ("--model-id {bad}/deaf", "weights are not in its files, such as model.audio_tower."),
@@ -2200,25 +2118,22 @@ BAD = [
     ("--audio-dir {bad}/folder", "none of its 6 clips can be used ("),
     ("--eval-audio-dir {bad}/folder", "none of its 3 clips can be used ("),
     ("--eval-data {broken}/none.json", "none of its 10 clips can be used ("),
-    ("--adapter {bad}/adapter", "--adapter: goes with --eval-only"),
-    ("--eval-only --adapter {bad}/none", "--adapter {bad}/none: cannot be loaded"),
-    ("--eval-only --adapter {bad}/adapter", "--adapter {bad}/adapter: cannot be loaded"),
-    ("--eval-only --adapter {bad}/thin", "1 weights are not the model's or not its own"),
-    ("--eval-only --adapter {bad}/named", "8 weights are not the model's or not its own"),
-    ("--think-budget -1", "--think-budget -1: must be positive"),
-    ("--group-size 1", "--group-size: at least 2"),
-    ("--eval-max 0", "--eval-max 0: must be positive"),
+    ("--eval-only --adapter {bad}/thin", "--adapter {bad}/thin: does not fit the model, such as"),
+    ("--adapter {bad}/named", "--adapter {bad}/named: does not fit the model, such as"),
+    ("--think-budget -1", "--think-budget -1: is out of its range"),
+    ("--group-size 1", "--group-size: 2 or more"),
+    ("--eval-max 0", "--eval-max 0: is out of its range"),
     ("--max-audio-seconds 0.001", "--max-audio-seconds: at least 0.1"),
-    ("--reward-weights nan 1 1 1 1", "--reward-weights nan 1.0 "),
+    ("--reward-weights nan 1 1 1 1", "--reward-weights (nan, 1.0, "),
     ("--reward-weights 1 1", "--reward-weights: of accuracy, format, "),
     ("--reward-weights 1 1 1 1 1 1", "--reward-weights: of accuracy, format, "),
     ("--reward {bad}/none.py:f", "--reward {bad}/none.py:f: give FILE.py:function"),
-    ("--reward {bad}/r.py:accuracy", "the tag accuracy is taken; rename the function"),
-    ("--reward {bad}/r.py:length {bad}/r.py:length", "the tag length is taken"),
+    ("--reward {bad}/r.py:accuracy", "the names ['accuracy'] collide with a tag"),
+    ("--reward {bad}/r.py:length {bad}/r.py:length", "the names ['length', 'length'] collide"),
     ("--reward {bad}/r.py:one", "--reward one: must give 2 finite floats (shape [1]"),
     ("--reward {bad}/r.py:nan", "--reward nan: must give 2 finite floats (shape [2], 2 not"),
-    ("--temperature 0", "--temperature 0.0: must be positive"),
-    ("--learning-rate nan", "--learning-rate nan: must be positive"),
+    ("--temperature 0", "--temperature 0.0: is out of its range"),
+    ("--learning-rate nan", "--learning-rate nan: is out of its range"),
     ("--resume nowhere", "--resume nowhere: no checkpoint in nowhere"),
 ]
 
@@ -2289,14 +2204,6 @@ def test_answers_without_tags_are_a_figure_of_their_own(models, files, eval_flag
         assert mmau.answer_or_all(text) == inside
 
 
-def test_tied_heads_are_no_missing_weights(tmp_path):
-    folder = tiny_models.make_audio_lm(tmp_path, "qwen2-audio", tie_word_embeddings=True)
-    args = mmau.Args(eval_only=True)
-    model = mmau.load_model(str(folder), None, args, torch.float32)
-    words = mmau.language_model(model).embed_tokens.weight
-    assert model.get_output_embeddings().weight.shape == words.shape
-
-
 def test_an_existing_or_unwritable_folder_is_refused(base_flags, runs, tmp_path):
     folder = runs["adrpo"][0]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -2309,9 +2216,8 @@ def test_an_existing_or_unwritable_folder_is_refused(base_flags, runs, tmp_path)
 
 def test_resume_refuses_other_flags_and_foreign_folders(runs, tmp_path):
     run, _ = runs["adrpo"]
-    assert "--beta0: the resumed run has 0.04" in refused("--resume", run, "--beta0", "0.5")
-    line = refused("--resume", run, "--reward-weights", "9", "1", "1", "1", "1")
-    assert "--reward-weights: the resumed run has (5.0," in line
+    line = refused("--resume", run, "--beta0", "0.5")
+    assert "goes on with its own flags; leave out ['--beta0']" in line
     for flags in (["latest", "--output-dir", tmp_path], [""], [tmp_path]):
         assert "no checkpoint in" in refused("--resume", *flags)
 
@@ -2349,7 +2255,7 @@ def test_every_logged_tag_is_documented(runs):
 def test_every_flag_and_name_in_the_docs_exists():
     flags = {f"--{name.replace('_', '-')}" for name in mmau.Args.__dataclass_fields__}
     text = DOCS.read_text()
-    others = {"--nproc-per-node", "--use-fsdp", "--fsdp-version", "--num-processes", "--help"}
+    others = {"--nproc-per-node", "--help"}
     others |= {"--gpu", "--modes", "--family", "--lengths", "--think-budgets"}  # of the benchmarks
     others.add("--no-keep-adapters")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | others
