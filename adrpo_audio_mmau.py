@@ -333,6 +333,13 @@ def adrpo_statistics(coefficient: Tensor, advantage: Tensor, limit: float) -> di
     }
 
 
+def learning_rate(args: Args, iteration: int) -> float:
+    """Five iterations of warm-up, then constant or on a cosine to zero."""
+    decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
+    decay = decay if args.lr_schedule == "cosine" else 1.0
+    return args.learning_rate * min(1.0, iteration / 5) * decay
+
+
 # ----------------------------------------------------------------------------------------- rollout
 class Policy(NamedTuple):
     """The models of a run, and how they choose a token."""
@@ -1178,6 +1185,9 @@ def model_class(name: str, revision: str | None) -> type:
     thinker = Qwen2_5OmniThinkerForConditionalGeneration
     kinds = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "qwen2_5_omni": thinker}
     kinds["qwen2_5_omni_thinker"] = thinker
+    if (Path(name) / "adapter_config.json").is_file():
+        remedy = "give its base model as --model-id and this folder as --adapter"
+        raise InputError(f"--model-id {name}: is a LoRA, not a model; {remedy}")
     kind = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).model_type
     if kind not in kinds:
         raise InputError(f"--model-id {name}: a {kind}; must be Qwen2.5-Omni or Qwen2-Audio")
@@ -1240,9 +1250,6 @@ def load_policy(args: Args, source: tuple, processor, longest: int, device, bf16
     """Model, sampler and reference on the device, for prompts of at most `longest` tokens. Trained
     are a LoRA of the language model, or (in float32) all of its layers and its head. Raises
     InputError."""
-    if (Path(source[0]) / "adapter_config.json").is_file():
-        remedy = "give its base model as --model-id and this folder as --adapter"
-        raise InputError(f"--model-id {source[0]}: is a LoRA, not a model; {remedy}")
     lora = args.adapter is not None or args.lora_rank > 0
     dtype = torch.bfloat16 if bf16 and (lora or args.eval_only) else torch.float32
     kind = model_class(*source)
@@ -1460,6 +1467,15 @@ def save_completions(path: Path, writer: SummaryWriter | None, step: int, said: 
         writer.add_text("completions", shown, step)
 
 
+def measured_on(data: Data, sources: dict, args: Args) -> dict:
+    """What a summary says of the model and the questions that its figures are of."""
+    about = {"sources": sources, "adapter": args.adapter, "think_budget": args.think_budget}
+    about |= {"questions": len(data.asked), "skipped": len(data.skipped)}
+    if args.eval_data and Path(args.eval_data).is_file():  # MMAU has several versions
+        about["eval_data_sha256"] = hashlib.sha256(Path(args.eval_data).read_bytes()).hexdigest()
+    return about
+
+
 def finish(run_dir: Path, summary: dict) -> None:
     """The whole run in one file and as tables."""
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
@@ -1548,9 +1564,7 @@ def main(args: Args) -> None:
     if resumed and prompts_sha256 != stored["prompts_sha256"]:
         raise InputError("--train-data, --eval-data: other questions than when the run began")
     plugins = load_plugins(args.reward)
-    names = (*REWARDS, *plugins)
-    unweighted = len(names) - len(args.reward_weights)
-    reward_weights = torch.tensor([*args.reward_weights, *[1.0] * unweighted])  # [R]
+    reward_weights = [*args.reward_weights, *[1.0] * len(plugins)][: len(REWARDS) + len(plugins)]
     score(["a", "b"], [1, 1], [data.heldout[0].row] * 2, plugins, args)
     longest = longest_prompt(processor, data, args)
 
@@ -1576,10 +1590,7 @@ def main(args: Args) -> None:
         + "\nwarning: --group-size: the mean of so few completions is a noisy baseline"
         * (group < 4)
     )
-    about = {"sources": sources, "adapter": args.adapter, "think_budget": args.think_budget}
-    about |= {"questions": len(data.asked), "skipped": len(data.skipped)}
-    if args.eval_data and Path(args.eval_data).is_file():  # MMAU has several versions
-        about["eval_data_sha256"] = hashlib.sha256(Path(args.eval_data).read_bytes()).hexdigest()
+    about = measured_on(data, sources, args)
     evaluation = processor, data, plugins, accelerator, args
     if args.eval_only:
         metrics, scores, said = evaluate(policy, *evaluation)
@@ -1623,7 +1634,7 @@ def main(args: Args) -> None:
         values = score(texts, list(map(len, completions)), rows, plugins, args)
         values = accelerator.gather(values.to(device)).cpu()
         values = values.unflatten(0, (groups, group))  # [P,G,R], of all processes
-        reward = values @ reward_weights  # [P,G]
+        reward = values @ torch.tensor(reward_weights)  # [P,G]
         rewarded = time.perf_counter()
 
         # ---- 2. advantage, and each completion's KL coefficient (eq. 7)
@@ -1636,9 +1647,7 @@ def main(args: Args) -> None:
 
         # ---- 3. updates on this rollout, in parts whose gradients add up to the gradient of the
         # mean over all completions
-        decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
-        decay = decay if args.lr_schedule == "cosine" else 1.0
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5) * decay
+        optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
         batch = Batch(inputs, tokens, kept)
         ref_logp = reference_log_probabilities(policy, batch, args)  # [N,C]
         old_logp = torch.zeros_like(ref_logp)
@@ -1695,7 +1704,7 @@ def main(args: Args) -> None:
         record = {"reward/mean": reward.mean().item(), "reward/std": reward.std(1).mean().item()}
         constant = (reward == reward[:, :1]).all(dim=1).float().mean().item()
         record["reward/frac_reward_zero_std"] = constant
-        for i, name in enumerate(names):
+        for i, name in enumerate((*REWARDS, *plugins)):
             record[f"reward/{name}"] = values[..., i].mean().item()
         lengths = accelerator.gather(kept.sum(1))
         for tag, total in totals.items():
@@ -1733,8 +1742,12 @@ def main(args: Args) -> None:
         if last or iteration % args.save_every == 0:
             state = training_state(policy.model, optimizer)
             if is_main:
-                state |= {"iteration": iteration, "metrics": metrics, "base": base}
-                state |= {"scores": scores}
+                state |= {
+                    "iteration": iteration,
+                    "metrics": metrics,
+                    "base": base,
+                    "scores": scores,
+                }
                 state["metrics_bytes"] = (run_dir / "metrics.jsonl").stat().st_size
                 write_safely(run_dir / "checkpoint.pt", state)
 

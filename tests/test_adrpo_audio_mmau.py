@@ -33,6 +33,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+import tyro
 from filelock import FileLock
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -1278,6 +1279,42 @@ def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
         for name in ("straight", "killed")
     ]
     assert summaries[0] == summaries[1]
+
+
+def test_a_sampler_that_is_another_function_stops_the_run(base_flags, tmp_path, monkeypatch):
+    """The training pass takes each token's logits from the place behind its own."""
+    read = mmau.read_completions
+
+    def shifted(model, first, cache, mask, tokens):
+        logits = read(model, first, cache, mask, tokens)
+        return logits.roll(1, dims=1)
+
+    monkeypatch.setattr(mmau, "read_completions", shifted)
+    reset_accelerate()
+    flags = replaced(base_flags, "--output-dir", tmp_path, "--run-name", "r")
+    with pytest.raises(mmau.InputError, match="nats a token between rollout and training"):
+        mmau.main(tyro.cli(mmau.Args, args=flags))
+    assert not list((tmp_path / "r").glob("checkpoint*"))
+
+
+def test_training_goes_on_from_an_adapter(base_flags, runs, tmp_path):
+    """Its reference is the model without it: the first KL is not 0."""
+    start = runs["adrpo"][0] / "final"
+    flags = ["--adapter", start, "--iterations", "1", "--output-dir", tmp_path, "--run-name", "r"]
+    finish(*base_flags, *flags)
+    first, then = read_metrics(tmp_path / "r")
+    assert {k: v for k, v in first.items() if k != "step"} == pytest.approx(
+        {k: v for k, v in read_metrics(runs["adrpo"][0])[-1].items() if k.startswith("eval/")}
+    )
+    assert then["kl"] > 1e-6
+    assert (
+        change(
+            weights(tmp_path / "r"),
+            load_file(start / "adapter_model.safetensors"),
+            {k: 0 * v for k, v in weights(tmp_path / "r").items()},
+        )
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["adrpo", "full"])
