@@ -13,8 +13,12 @@ the outcome pair (right answer, right format), CESAR's process rewards (ICLR 202
     KL = exp(ref - pol) - (ref - pol) - 1             per token, of the log-probabilities (k3)
     R  = w1 accuracy + w2 format + w3 consistency + w4 keywords + w5 overthinking
 
-A clip is read, resampled and encoded once for its question, and the question with it is read once
-for its whole group of completions: in the rollout, the reference and the training pass.
+All passes are the stock model's, and read a question with its clip once for its whole group: for
+the rollout its keys and values are written --group-size times, and transformers' `generate` goes on
+from them with text; in training, pass 1 reads the questions and keeps their keys and values with
+their gradient, and pass 2 reads the completions on top of them. In every iteration the sampler's
+log-probabilities are compared with the training pass's: where the two are not one function the run
+stops.
 
 Ours, where we depart from the papers or they are silent: learning rate, steps and prompt of ADRPO's
 audio run are not published: group, lengths and prompt are those of the open recipe for the same
@@ -257,7 +261,7 @@ class Args:
     """AdamW"""
     max_grad_norm: float = 1.0
     """gradient norm clip"""
-    train_tokens: int = 4096
+    train_tokens: int = 2048
     """tokens of prompts, and of completions, in one pass, at their greatest lengths; changes memory
     and speed, not the result"""
 
@@ -1135,7 +1139,7 @@ def load_questions(args: Args) -> Data:
 
 
 def describe(data: Data, args: Args) -> str:
-    """What the questions are, what is not used, and how the clips are heard."""
+    """What the questions are, what is not used, how the clips are heard, and an iteration."""
     note = f"{len(data.train)} training questions, {len(data.heldout)} for evaluation"
     note += "" if args.eval_data else " (every tenth)"
     note += f"; {data.longer} clips are cut to {args.max_audio_seconds:g} s"
@@ -1145,6 +1149,10 @@ def describe(data: Data, args: Args) -> str:
         clips = sum("clip" in entry for entry in data.skipped)
         rows = len(data.skipped) - clips
         note += f"; {rows} rows and {clips} clips cannot be used: skipped.json"
+    if args.group_size < 4:
+        note += "\nwarning: --group-size: the mean of so few completions is a noisy baseline"
+    note += f"\neach iteration {args.prompts_per_update} questions x {args.group_size} completions"
+    note += f" of at most {args.max_completion_length} tokens, {args.updates_per_rollout} updates"
     return note
 
 
@@ -1552,8 +1560,7 @@ def main(args: Args) -> None:
     # What is small and may be refused comes before what is large.
     source = find_model("--model-id", args.model_id)
     model_class(*source)
-    options = {"revision": source[1], "trust_remote_code": False}
-    processor = AutoProcessor.from_pretrained(source[0], **options)
+    processor = AutoProcessor.from_pretrained(source[0], revision=source[1])
     tokenizer = processor.tokenizer
     window = getattr(processor.feature_extractor, "chunk_length", math.inf)  # of the model, seconds
     args = dataclasses.replace(args, max_audio_seconds=min(args.max_audio_seconds, window))
@@ -1583,12 +1590,7 @@ def main(args: Args) -> None:
     accelerator.print(
         f"{run_dir}: {args.method}, {processes} x {device.type}, {dtype}, "
         f"{sum(parameter.numel() for parameter in trained):,} trained parameters\n"
-        f"{describe(data, args)}\n"
-        f"each iteration {groups} questions x {group} completions of at most "
-        f"{args.max_completion_length} tokens, {args.updates_per_rollout} updates; stop tokens "
-        f"{tokenizer.convert_ids_to_tokens(policy.stop)}"
-        + "\nwarning: --group-size: the mean of so few completions is a noisy baseline"
-        * (group < 4)
+        f"{describe(data, args)}; stop tokens {tokenizer.convert_ids_to_tokens(policy.stop)}"
     )
     about = measured_on(data, sources, args)
     evaluation = processor, data, plugins, accelerator, args

@@ -759,6 +759,7 @@ def test_the_training_passes_are_separate_sequences(models, family, rank):
 def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
     asked = [(0.2 + 0.1 * i, f"What? {'you ' * (i * 5 % 7)}", 1 + i % 4) for i in range(9)]
     it = prepare(models[family], rank=rank, asked=asked)
+    assert it.policy.static is not None
     head = it.policy.model.get_output_embeddings().weight
     # one of them is the likeliest
     head[it.banned[0]], head[it.banned[1]] = numbers(32) * 3, numbers(32) * -3
