@@ -468,7 +468,7 @@ def complete(policy: Policy, inputs: dict[str, Tensor], uniforms: Tensor) -> tup
     """`rollout` for prompts that fit into one batch."""
     model, group = policy.sampler, uniforms.shape[1]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    spare = (policy.lengths[0] - ids.shape[1]) * policy.full
+    spare = max(0, policy.lengths[0] - ids.shape[1]) * policy.full
     ids, mask = F.pad(ids, (spare, 0), value=policy.pad), F.pad(mask, (spare, 0))
     # `generate` reads the last token itself, and no clip.
     before = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
@@ -1499,15 +1499,12 @@ def print_loading_lines(folder: Path, model: nn.Module, source: tuple, dtype: to
     """How to load the result."""
     lora = isinstance(model, PeftModel)
     kind = type(model.get_base_model() if lora else model).__name__
+    base = f'"{source[0]}", revision={source[1]!r}' if lora else f'"{folder}"'
     print(f"To use the result:\nimport torch\nfrom transformers import {kind}")
+    print(f"model = {kind}.from_pretrained({base}, dtype={dtype})")
     if lora:
         print("from peft import PeftModel")
-        print(
-            f'model = {kind}.from_pretrained("{source[0]}", revision={source[1]!r}, dtype={dtype})'
-        )
         print(f'model = PeftModel.from_pretrained(model, "{folder}")')
-    else:
-        print(f'model = {kind}.from_pretrained("{folder}", dtype={dtype})')
 
 
 # -------------------------------------------------------------------------------------------- main
