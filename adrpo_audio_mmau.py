@@ -1177,7 +1177,7 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
     found before gigabytes are fetched. A folder has no commit. Raises InputError."""
     name, _, revision = spec.partition("@")
-    if Path(spec).is_dir():
+    if any((Path(spec) / file).is_file() for file in ("config.json", "adapter_config.json")):
         return spec, None
     try:
         path = hf_hub_download(name, "config.json", revision=revision or None)
@@ -1226,7 +1226,10 @@ def load_verified(kind, flag: str, source: tuple[str, str | None], **options) ->
 def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, list[str]]:
     """The model with a trainable LoRA from a folder, and which whole modules came with it. Raises
     InputError where it does not fit exactly."""
-    config = PeftConfig.from_pretrained(folder)
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise InputError(f"{flag} {folder}: is no folder of a LoRA ({error})") from error
     config.inference_mode = False
     model = get_peft_model(model, config)
     weights = load_peft_weights(folder, device="cpu")
@@ -1332,8 +1335,9 @@ def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
     ids.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a-turn"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("a-turn")[2]
-        after = tokenizer(text, add_special_tokens=False).input_ids[:1]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        _, written, rest = text.rpartition("a-turn")
+        after = tokenizer(rest * bool(written), add_special_tokens=False).input_ids[:1]
         ids |= {*after} & {*tokenizer.all_special_ids}
     if not ids - {None}:
         raise InputError("--model-id: no end-of-sequence token in tokenizer or generation config")
@@ -1384,6 +1388,8 @@ def find_run(args: Args) -> tuple[Args, Path, dict]:
         what = f"{folder} goes on with its own flags; leave out {sorted(given - {'--resume'})}"
         raise InputError(f"--resume: {what}")
     record = json.loads((folder / "args.json").read_text())
+    if record["script"] != SCRIPT:
+        raise InputError(f"--resume {args.resume}: is a run of {record['script']}")
     kept = record["args"] | record["sources"]  # the very commits
     kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
     return Args(**kept), folder, record
@@ -1412,7 +1418,10 @@ def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
 def write_safely(path: Path, state: dict) -> None:
     """torch.save under another name, flushed to the disk, then renamed: never half a file."""
     with path.with_suffix(".part").open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's own, for what the disk said
+            raise error.__context__ or error from None
         file.flush()
         os.fsync(file.fileno())
     if path.exists():

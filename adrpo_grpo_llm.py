@@ -598,7 +598,9 @@ class RewardModel:
 
     def __init__(self, source: tuple[str, str | None], batch: int, device, dtype):
         kind, flag = AutoModelForSequenceClassification, "--reward-model"
-        self.model = load_verified(kind, flag, source, dtype=dtype).to(device).eval()
+        lora = (Path(source[0]) / "adapter_config.json").is_file()
+        head = {"num_labels": 1} if lora else {}  # the base of a LoRA is a model of any head
+        self.model = load_verified(kind, flag, source, dtype=dtype, **head).to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(source[0], revision=source[1])
         self.batch = batch
         config = self.model.config.get_text_config()
@@ -764,15 +766,20 @@ def encode_prompts(tokenizer, rows: list[dict], chat: bool, options: str = "{}")
     """Tokens of each row's prompt: plain text as it is, messages (and with `chat` everything)
     through the chat template with these options (JSON), ready for the assistant's turn. Raises
     InputError for a tokenizer without one."""
-    template = {"add_generation_prompt": True, "tokenize": False} | json.loads(options)
+    try:
+        template = {"add_generation_prompt": True, "tokenize": False} | json.loads(options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--chat-template-kwargs {options}: give a JSON object") from error
     templated = [row for row in rows if chat or isinstance(row["prompt"], list)]
+    if 0 < len(templated) < len(rows):
+        raise InputError("--dataset: some prompts are plain text, some are messages; add --chat")
     if templated and not tokenizer.chat_template:
         remedy = "give an instruct model, or plain text prompts without --chat"
         raise InputError(f"--model-id: its tokenizer has no chat template; {remedy}")
     prompts = []
     for start in tqdm(range(0, len(rows), 1000), "tokenise", disable=len(rows) < 10_000):
         texts = [row["prompt"] for row in rows[start : start + 1000]]
-        if templated:  # then no row is plain text: a file has one kind, or --chat makes it one
+        if templated:
             texts = [tokenizer.apply_chat_template(as_messages(text), **template) for text in texts]
         # The template writes the special tokens itself.
         ids = tokenizer(texts, add_special_tokens=not templated).input_ids
@@ -851,7 +858,10 @@ def load_verified(kind, flag: str, source: tuple[str, str | None], **options) ->
 def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, list[str]]:
     """The model with a trainable LoRA from a folder, and which whole modules came with it. Raises
     InputError where it does not fit exactly."""
-    config = PeftConfig.from_pretrained(folder)
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise InputError(f"{flag} {folder}: is no folder of a LoRA ({error})") from error
     config.inference_mode = False
     model = get_peft_model(model, config)
     weights = load_peft_weights(folder, device="cpu")
@@ -905,6 +915,9 @@ def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Pol
         )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in model.modules():  # in training mode then, and some drop out themselves (OPT)
+            if isinstance(getattr(layer, "dropout", None), float):
+                layer.dropout = 0.0
         model.enable_input_require_grads()  # else a LoRA behind a frozen embedding gets no gradient
     model.eval()  # with dropout rollout, old policy and reference would be other functions
     reference = None if lora else copy.deepcopy(model).requires_grad_(False)
@@ -966,8 +979,9 @@ def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
     ids.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a-turn"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("a-turn")[2]
-        after = tokenizer(text, add_special_tokens=False).input_ids[:1]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        _, written, rest = text.rpartition("a-turn")
+        after = tokenizer(rest * bool(written), add_special_tokens=False).input_ids[:1]
         ids |= {*after} & {*tokenizer.all_special_ids}
     if not ids - {None}:
         raise InputError("--model-id: no end-of-sequence token in tokenizer or generation config")
@@ -1010,6 +1024,8 @@ def find_run(args: Args) -> tuple[Args, Path, dict]:
         what = f"{folder} goes on with its own flags; leave out {sorted(given - {'--resume'})}"
         raise InputError(f"--resume: {what}")
     record = json.loads((folder / "args.json").read_text())
+    if record["script"] != SCRIPT:
+        raise InputError(f"--resume {args.resume}: is a run of {record['script']}")
     kept = record["args"] | record["sources"]  # the very commits
     kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
     return Args(**kept), folder, record

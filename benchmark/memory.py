@@ -297,7 +297,7 @@ def text_rows(checkpointing: bool = False) -> list[dict]:
 
 
 def small_transformer() -> nn.Module:
-    sizes = SD3_MEDIUM | {"num_layers": 2, "num_attention_heads": 8, "caption_projection_dim": 512}
+    sizes = SD3_MEDIUM | {"num_layers": 3, "num_attention_heads": 8, "caption_projection_dim": 512}
     sizes |= {"joint_attention_dim": 256, "pooled_projection_dim": 64, "sample_size": 64}
     return SD3Transformer2DModel(**sizes)
 

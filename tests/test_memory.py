@@ -18,7 +18,7 @@ def test_the_count_is_a_real_peak_within_15_percent():
     command = [sys.executable, str(ROOT / "benchmark/memory.py"), "real"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     real = float(done.stdout)
-    assert real > 0.3
+    assert real > 0.5
     assert memory.counted_peak() == pytest.approx(real, rel=0.15)
 
 
