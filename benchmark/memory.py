@@ -3,6 +3,7 @@ and nothing is allocated, so it runs on any machine.
 
     python benchmark/memory.py sd3 --output benchmark/results/memory_sd3
     python benchmark/memory.py llm --output benchmark/results/memory_llm
+    python benchmark/memory.py audio --output benchmark/results/memory_audio
     python benchmark/memory.py check    # the same count beside a real peak, on the CPU, small
 
 Each part is the scripts' own work with their defaults: the storages that live at once between two
@@ -20,7 +21,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +33,7 @@ import transformers
 import tyro
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -63,13 +64,28 @@ T5_XXL |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 QWEN2_05B = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 QWEN2_05B |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
 QWEN2_05B |= {"tie_word_embeddings": True, "pad_token_id": 0, "max_position_embeddings": 32768}
+# RM-Gemma-2B, the text script's default reward model
+GEMMA_2B = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18}
+GEMMA_2B |= {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256}
+GEMMA_2B |= {"vocab_size": 256000, "num_labels": 1, "pad_token_id": 0}
+# The language models of Qwen2.5-Omni's thinkers (7B: transformers' defaults) and Qwen2-Audio
+OMNI_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
+OMNI_3B |= {"num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936}
+QWEN2_AUDIO = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+QWEN2_AUDIO |= {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 156032}
+OMNI_VISION = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16}
+CLIP_FRAMES = 3000  # of 30 s, which become 750 tokens
+QUESTION = 850  # tokens of a question with such a clip
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages made inside that are alive, and the most there were at once."""
+    """Bytes of the storages made inside that are alive, and the most there were at once. A program
+    that asks a fake tensor for its value, which it has not, is told True, or `number`: `generate`
+    then finds so many tokens in its cache, and ends after one more, whose step is every step's."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 1) -> None:
         super().__init__()
+        self.number = number
         self.now = self.peak = 0
         self.known = set()
 
@@ -84,6 +100,8 @@ class Live(TorchDispatchMode):
                 self.known.add(tensor.untyped_storage()._cdata)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):
+            return args[0].dtype == torch.bool or self.number
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -97,9 +115,9 @@ class Live(TorchDispatchMode):
         return out
 
 
-def peak_of(modules: list[nn.Module], call: Callable, *args, **options) -> float:
+def peak_of(modules: list[nn.Module], call: Callable, *args, number=1, **options) -> float:
     """GB that a call holds at most beside the weights of these modules."""
-    live = Live()
+    live = Live(number)
     live.ignore(*modules)
     with live:
         call(*args, **options)
@@ -237,62 +255,155 @@ class Whole:
         return self.columns
 
 
-def text_step(policy: llm.Policy, batch: llm.Batch, args: llm.Args) -> None:
-    """One update of the script: the policy with its loss, backward passes. (The reference's pass
-    keeps nothing for a backward pass: it is smaller.)"""
-    ref_logp = torch.empty(len(batch.tokens), batch.tokens.shape[1])
+def text_step(script, policy: NamedTuple, batch: NamedTuple, args) -> None:
+    """One update: the policy with its loss, backward passes. (The reference's pass keeps nothing
+    for a backward pass: it is smaller.)"""
+    ref_logp = torch.empty(batch.tokens.shape)
     advantage = torch.empty(len(batch.tokens))
-    mask = torch.ones(len(batch.tokens), batch.tokens.shape[1])
-    for at, logp, _ in llm.completion_passes(policy, policy.model, batch, args):
+    mask = torch.ones(batch.tokens.shape)
+    for at, logp, _ in script.completion_passes(policy, policy.model, batch, args):
         inputs = logp, logp.detach(), ref_logp[at], advantage[at], advantage[at], mask[at]
-        llm.grpo_loss(*inputs, args.clip_eps).backward()
+        script.grpo_loss(*inputs, args.clip_eps).backward()
 
 
-def text_rows(checkpointing: bool = False) -> list[dict]:
-    """Qwen2-0.5B in bfloat16, all weights and a LoRA, by --train-tokens."""
+def build_qwen2(dtype: torch.dtype) -> nn.Module:
+    with default_dtype(dtype):
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2_05B)).eval()
+
+
+def score_texts(model: nn.Module, rows: int, tokens: int) -> None:
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def text_rows() -> list[dict]:
+    """Qwen2-0.5B in bfloat16 with the default reward model, all weights and a LoRA, by
+    --train-tokens."""
     rows = []
-    for lora, budgets in ((False, (512, 1024, 2048)), (True, (2048, 4096))):
-        for train_tokens in budgets:
-            args = llm.Args(train_tokens=train_tokens, gradient_checkpointing=checkpointing)
-            with fake_models():
-                with default_dtype(BF16 if lora else torch.float32):
-                    config = transformers.Qwen2Config(**QWEN2_05B)
-                    model = transformers.Qwen2ForCausalLM(config).eval()
-                base = weights_of(model)
-                reference = None if lora else transformers.Qwen2ForCausalLM(config).eval()
-                if lora:
-                    options = {"lora_alpha": 32, "target_modules": "all-linear"}
-                    model.requires_grad_(False)
-                    options["task_type"] = "CAUSAL_LM"
-                    model = llm.get_peft_model(model, llm.LoraConfig(r=16, **options)).eval()
-                if checkpointing:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                    model.enable_input_require_grads()
-                trained = [p for p in model.parameters() if p.requires_grad]
-                size = sum(parameter.numel() for parameter in trained)
-                unreadable = torch.zeros(QWEN2_05B["vocab_size"], dtype=torch.bool)
-                lengths = args.max_prompt_length, args.max_completion_length
-                choice = [0], unreadable, 0, 1.0, [], None, False, lengths
-                # With all weights a copy in bfloat16 is what is rolled out.
-                sampler = model if lora else nn.Linear(1, 1)
-                policy = llm.Policy(model, sampler, reference, *choice)
+    for lora in (False, True):
+        with fake_models():
+            model = build_qwen2(BF16 if lora else torch.float32)
+            base = weights_of(model)
+            # Beside all weights: the frozen reference, and the copy that is rolled out.
+            reference = None if lora else build_qwen2(torch.float32)
+            sampler = model if lora else build_qwen2(BF16)
+            copies = 0.0 if lora else weights_of(reference, sampler)
+            with default_dtype(BF16):
+                reward_model = transformers.GemmaForSequenceClassification(
+                    transformers.GemmaConfig(**GEMMA_2B)
+                ).eval()
+            if lora:
+                model.requires_grad_(False)
+                options = {"lora_alpha": 32, "target_modules": "all-linear"}
+                options["task_type"] = "CAUSAL_LM"
+                model = llm.get_peft_model(model, llm.LoraConfig(r=16, **options)).eval()
+                sampler = model
+            networks = [net for net in (model, reference, sampler, reward_model) if net is not None]
+            size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            args = llm.Args()
+            lengths = args.max_prompt_length, args.max_completion_length
+            unreadable = torch.zeros(QWEN2_05B["vocab_size"], dtype=torch.bool)
+            choice = [0], unreadable, 0, 1.0, [], {}, True, lengths  # a static cache, as on a GPU
+            policy = llm.Policy(model, sampler, reference, *choice)
+            held = weights_of(*networks) + size * 8 / GB  # and two moments
+            gradients = size * 4 / GB  # stay until the next update; training makes them itself
+            prompts = [[1] * lengths[0]] * (args.rollout_batch // args.group_size)
+            uniforms = torch.empty(len(prompts), args.group_size, lengths[1])
+            wanted = policy, prompts, uniforms, args
+            rolling = peak_of(networks, llm.rollout, *wanted, number=lengths[0] - 1)
+            cache = sum(
+                weight.untyped_storage().nbytes()  # kept from iteration to iteration
+                for static in policy.static.values()
+                for layer in static.layers
+                for weight in (layer.keys, layer.values)
+            )
+            with torch.no_grad():
+                texts = reward_model, args.reward_batch, sum(lengths)
+                scoring = peak_of(networks, score_texts, *texts)
+            for train_tokens in (256, 512, 1024, 2048, 4096):
+                args = llm.Args(train_tokens=train_tokens)
+                model.zero_grad()
                 # Two rounds of prompts: in the second the gradients are there from the beginning.
                 count, group = 2 * max(1, train_tokens // lengths[0]), args.group_size
                 ids = torch.zeros(count, lengths[0], dtype=torch.long)
                 tokens = torch.zeros(count * group, lengths[1], dtype=torch.long)
                 batch = llm.Batch(ids, torch.ones_like(ids), tokens, Whole(lengths[1]))
-                networks = [model] if lora else [model, reference]
-                training = peak_of(networks, text_step, policy, batch, args)
-                copies = 0 if lora else base + base / 2  # the reference, the sampler in bfloat16
-                heads, width = QWEN2_05B["num_key_value_heads"], 64
-                per_token = QWEN2_05B["num_hidden_layers"] * 2 * heads * width * 2 / GB
-                cache = args.rollout_batch * sum(lengths) * per_token
-                held = base + copies + size * (12 if lora else 8) / GB
+                training = peak_of(networks, text_step, llm, policy, batch, args)
                 row = {"trained": "LoRA, rank 16" if lora else "all weights"}
                 row |= {"--train-tokens": train_tokens, "weights": base, "copies": copies}
-                row |= {"optimiser": size * 8 / GB, "while rolling out": held + cache}
-                # Gradients are among what the pass itself makes.
-                rows.append(row | {"while training": held + training})
+                row |= {"optimiser": size * 8 / GB, "reward model": weights_of(reward_model)}
+                row |= {"while rolling out": held + gradients + rolling}
+                row |= {"while scoring": held + gradients + cache / GB + scoring}
+                rows.append(row | {"while training": held + cache / GB + training})
+    return rows
+
+
+def build_audio(name: str) -> nn.Module:
+    """A thinker of Qwen2.5-Omni, with the tower for pictures that it is loaded with, or
+    Qwen2-Audio; in bfloat16."""
+    with default_dtype(BF16):
+        if name == "Qwen2-Audio-7B":
+            text = {"model_type": "qwen2", "tie_word_embeddings": False, **QWEN2_AUDIO}
+            config = transformers.Qwen2AudioConfig(text_config=text)
+            return transformers.Qwen2AudioForConditionalGeneration(config).eval()
+        text = OMNI_3B if "3B" in name else {}
+        width = text.get("hidden_size", 3584)
+        parts = {"text_config": text, "audio_config": {"output_dim": width}}
+        parts["vision_config"] = OMNI_VISION | {"out_hidden_size": width}
+        config = transformers.Qwen2_5OmniThinkerConfig(**parts)
+        return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+
+
+def audio_rows() -> list[dict]:
+    """The audio models in bfloat16 with the script's LoRA, by --train-tokens. A question is read as
+    text of the same length; what the frozen audio tower makes of the clips on the way is counted by
+    itself (it keeps nothing for a backward pass)."""
+    import adrpo_audio_mmau as audio
+
+    rows = []
+    for name in ("Qwen2.5-Omni-7B", "Qwen2.5-Omni-3B", "Qwen2-Audio-7B"):
+        args = audio.Args()
+        lengths = QUESTION, args.max_completion_length
+        with fake_models():
+            model = build_audio(name).requires_grad_(False)
+            base = weights_of(model)
+            vocabulary = model.get_output_embeddings().weight.shape[0]
+            targets = rf".*language_model\.layers\.\d+\..*\.({audio.PROJECTIONS})"
+            options = {"lora_alpha": args.lora_alpha, "target_modules": targets}
+            model = audio.get_peft_model(model, audio.LoraConfig(r=args.lora_rank, **options))
+            model.eval()
+            size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            with default_dtype(BF16):
+                kind = transformers.models.qwen2_audio.modeling_qwen2_audio.Qwen2AudioEncoder
+                tower = kind(transformers.Qwen2AudioConfig().audio_config).eval()
+            choice = [0], torch.zeros(vocabulary, dtype=torch.bool), 0, 1.0, [], {}, True, lengths
+            policy = audio.Policy(model, model, None, *choice)
+            held = weights_of(model) + size * 8 / GB
+            questions = args.rollout_batch // args.group_size
+            ids = torch.zeros(questions, QUESTION, dtype=torch.long)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            uniforms = torch.empty(questions, args.group_size, lengths[1])
+            wanted = policy, inputs, uniforms, questions
+            rolling = peak_of([model], audio.rollout, *wanted, number=QUESTION - 1)
+            with torch.no_grad():
+                clips = torch.empty(questions, 128, CLIP_FRAMES, dtype=BF16)
+                hearing = peak_of([tower], tower, clips)
+            layers = [layer for cache in policy.static.values() for layer in cache.layers]
+            cache = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in layers)
+            for train_tokens in (1024, 4096):
+                args = audio.Args(train_tokens=train_tokens)
+                model.zero_grad()
+                count = 2 * max(1, train_tokens // QUESTION)
+                ids = torch.zeros(count, QUESTION, dtype=torch.long)
+                tokens = torch.zeros(count * args.group_size, lengths[1], dtype=torch.long)
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                batch = audio.Batch(inputs, tokens, Whole(lengths[1]))
+                training = peak_of([model], text_step, audio, policy, batch, args)
+                row = {"model": name, "--train-tokens": train_tokens, "weights": base}
+                row |= {"LoRA": size * 4 / GB, "optimiser": size * 8 / GB, "cache": cache / GB}
+                row |= {"while hearing": held + cache / GB + hearing}
+                row |= {"while rolling out": held + size * 4 / GB + rolling}
+                rows.append(row | {"while training": held + cache / GB + training})
     return rows
 
 
@@ -332,7 +443,7 @@ def fits(row: dict) -> str:
 
 @dataclasses.dataclass
 class Args:
-    what: tyro.conf.Positional[Literal["sd3", "llm", "check", "real"]]
+    what: tyro.conf.Positional[Literal["sd3", "llm", "audio", "check", "real"]]
     """whose step; check: the count beside a real peak (real: that peak alone)"""
     output: str | None = None
     """the table as OUTPUT.md and OUTPUT.json"""
@@ -351,7 +462,7 @@ def main(args: Args) -> None:
         flags = sd3.Args()
         rows = [row for name in ("SD3 medium", "FLUX.1-dev") for row in image_rows(name, flags)]
     else:
-        rows = text_rows()
+        rows = text_rows() if args.what == "llm" else audio_rows()
     rows = [row | {"fits": fits(row)} for row in rows]
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     for row in rows:
@@ -361,7 +472,9 @@ def main(args: Args) -> None:
         lines.append("| " + " | ".join(cells) + " |")
     print("\n".join(lines))
     if args.output:
-        versions = f"torch {torch.__version__}, {platform.machine()}"
+        git = f'git -C "{Path(__file__).resolve().parent}" rev-parse --short HEAD'
+        commit = subprocess.getoutput(git)
+        versions = f"commit {commit}, torch {torch.__version__}, {platform.machine()}"
         note = f"GB of 1e9 bytes, counted with fake tensors ({versions}); nothing was run."
         command = f"`python benchmark/memory.py {args.what}`: {note}"
         Path(f"{args.output}.md").write_text("\n".join([command, "", *lines, ""]))
