@@ -206,9 +206,9 @@ class Args:
     """AdamW"""
     max_grad_norm: float = 1.0
     """gradient norm clip"""
-    train_tokens: int = 1024
-    """tokens of prompts, and of completions, in one pass, at their greatest lengths (1024: all
-    weights of Qwen2-0.5B in 24 GB); changes memory and speed, not the result"""
+    train_tokens: int = 512
+    """tokens of prompts, and of completions, in one pass, at their greatest lengths (512 fits
+    Qwen2-0.5B and RM-Gemma-2B into 24 GB); changes memory and speed, not the result"""
 
     # ------------------------------------------------------------------ evaluation, checkpoints
     eval_every: int = 20
