@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import platform
-import resource
 import subprocess
 import sys
 import weakref
@@ -413,19 +412,29 @@ def small_transformer() -> nn.Module:
     return SD3Transformer2DModel(**sizes)
 
 
-def small_step(transformer: nn.Module) -> None:
-    asked = {"hidden_states": torch.zeros(4, 16, 64, 64), "timestep": torch.zeros(4)}
+def small_step(transformer: nn.Module, side: int = 64) -> None:
+    asked = {"hidden_states": torch.zeros(4, 16, side, side), "timestep": torch.zeros(4)}
     asked |= {"encoder_hidden_states": torch.zeros(4, 333, 256)}
     asked |= {"pooled_projections": torch.zeros(4, 64)}
     transformer(**asked, return_dict=False)[0].square().mean().backward()
 
 
+def resident_peak() -> float:
+    """GB: the most this process has held since the mark was set back (Linux)."""
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
+    ]
+    return int(line.split()[1]) * 1024 / GB
+
+
 def real_peak() -> float:
     """GB that the small step adds to this process's peak; for a process of its own."""
     transformer = small_transformer()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    small_step(transformer, side=8)  # what is loaded at the first use is not the step's
+    Path("/proc/self/clear_refs").write_text("5")  # else it has its parent's peak
+    before = resident_peak()
     small_step(transformer)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GB
+    return resident_peak() - before
 
 
 def counted_peak() -> float:

@@ -15,13 +15,13 @@ from benchmark import memory
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_count_is_a_real_peak_within_15_percent():
+def test_the_count_is_near_a_real_peak():
     """Forward and backward pass of a small transformer, the peak of a process of its own."""
     command = [sys.executable, str(ROOT / "benchmark/memory.py"), "real"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     real = float(done.stdout)
     assert real > 0.5
-    assert memory.counted_peak() == pytest.approx(real, rel=0.15)
+    assert memory.counted_peak() == pytest.approx(real, rel=0.2)  # 13 % here
 
 
 def test_live_counts_what_lives_at_once():
