@@ -1,12 +1,11 @@
-"""ADRPO for audio reasoning: GRPO with the adaptive KL coefficient, CESAR's process rewards, and
-the MMAU evaluation.
+"""ADRPO for audio reasoning: GRPO with adaptive KL weights, CESAR's process rewards, MMAU.
 
 Adaptive Divergence Regularized Policy Optimization (NeurIPS 2025, arXiv 2510.18053), eq. 7, on
-audio questions with several choices: a completion's KL to the reference model has the
-weight `beta0 - A`, A its advantage over the other completions of its question, clipped to +-k
-beta0. `--method grpo` holds it at beta0 (GRPO, arXiv 2402.03300). The rewards are the outcome
-pair (right answer, right format) and CESAR's (ICLR 2026, arXiv 2510.20867): consistency, keywords,
-overthinking. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
+questions about sound with several choices: every completion has its own weight of the KL to the
+reference model, `beta0 - A`, where A is its advantage over the other completions of its question,
+clipped to +-k beta0. `--method grpo` holds the weight at beta0 (GRPO, arXiv 2402.03300). Rewards:
+the outcome pair (right answer, right format), CESAR's process rewards (ICLR 2026, arXiv
+2510.20867) and your own. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
 
     A  = (R - group mean) / (group std + 1e-4)
     L  = mean over completions of the mean over their tokens of
@@ -14,59 +13,59 @@ overthinking. For Qwen2.5-Omni (its thinker) and Qwen2-Audio.
     KL = exp(ref - pol) - (ref - pol) - 1             per token, of the log-probabilities (k3)
     R  = w1 accuracy + w2 format + w3 consistency + w4 keywords + w5 overthinking
 
-One iteration: read, resample and encode --prompts-per-update clips, roll out --group-size
-completions for each question, score them, one optimiser step on all of them. A clip goes through
-the frozen audio tower once; a question, clip included, is one row for its whole group in the
-rollout, the reference and the training pass:
+All passes are the stock model's, and read a question with its clip once for its whole group: for
+the rollout its keys and values are written --group-size times, and transformers' `generate` goes on
+from them with text; in training, pass 1 reads the questions and keeps their keys and values with
+their gradient, and pass 2 reads the completions on top of them. In every iteration the sampler's
+log-probabilities are compared with the training pass's: where the two are not one function the run
+stops.
 
-    [ audio and question | completion 1 | completion 2 | ... | completion G ]
-
-Where this departs from the papers, or they are silent:
-- Learning rate, steps and prompts of ADRPO's audio run are not published: group, lengths and prompt
-  follow the open recipe for the same model and data (Ke-Omni-R), the LoRA a published one for one
-  GPU. KL and std as in both.
-- CESAR's lists of keywords are not published in full: ours stand at the top of this file, each part
-  capped at 1.
-- Evaluation is greedy; a missing prediction is wrong; the answer is the text inside the last
-  <answer> block.
+Ours, where we depart from the papers or they are silent: learning rate, steps and prompt of ADRPO's
+audio run are not published: group, lengths and prompt are those of the open recipe for the same
+model and data (Ke-Omni-R), the LoRA a published one for one GPU; CESAR's keyword lists are not
+published in full (ours stand at the top of this file, each part capped at 1); evaluation is greedy,
+and a missing prediction is wrong.
 
     python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
         --eval-data gamma-lab-umd/MMAU-test-mini
     python adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
         --reward-weights 5 1 1 1 1  # CESAR
-    torchrun --nproc-per-node 8 adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs \\
-        --gradient-checkpointing
-    python adrpo_audio_mmau.py --eval-only --adapter runs/NAME/final --eval-data mmau.json \\
-        --think-budgets 0 50 100
+    python adrpo_audio_mmau.py --eval-only --adapter runs/NAME/final --eval-data mmau.json
+    torchrun --nproc-per-node 8 adrpo_audio_mmau.py --train-data avqa.json --audio-dir wavs
 
 Without a GPU: benchmark/mini_world_audio.py makes a small trained model and questions about
-synthetic sounds, on which this file learns in minutes. Equations, rewards, metrics, results and
-limits: docs/adrpo_audio_mmau.md
+synthetic sounds, on which this file learns in minutes. Equations, rewards, metrics, results, time
+and memory: docs/adrpo_audio_mmau.md.
 """
 
+import ast
 import contextlib
 import copy
+import csv
 import dataclasses
-import errno
 import gc
 import hashlib
 import html
+import importlib.util
 import io
 import json
 import math
 import os
-import platform
 import random
 import re
+import string
 import subprocess
 import sys
 import time
+import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import accelerate
-import matplotlib
 import numpy as np
 import peft
 import soundfile
@@ -76,41 +75,51 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate.utils import gather_object
-from peft import LoraConfig, get_peft_model
+from filelock import FileLock, Timeout
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoProcessor,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
+    StaticCache,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from transformers.cache_utils import DynamicLayer
 
 SCRIPT = "adrpo_audio_mmau"
 SAMPLE_RATE = 16000
-# The order of --reward-weights.
 REWARDS = ("accuracy", "format", "consistency", "keywords", "overthinking")
 TASKS = ("sound", "music", "speech")  # of MMAU
-# Elements of float32 logits alive in the training pass: 268 MB, whatever the vocabulary.
-LOGITS_AT_ONCE = 2**26
-BAR = {
-    "accuracy": "reward/accuracy",
-    "kl": "kl",
-    "entropy": "entropy",
-    "length": "completions/mean_length",
-}
-KEEP_CHECKPOINTS = 2
-LETTER = r"^\([A-Z]\)\s*"  # before a choice: (A)
+TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "tokens", "reasoning_tokens", *REWARDS}
+TAKEN_TAGS |= {"accuracy_untagged", *[f"accuracy_{task}" for task in TASKS]}
+PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+DIVERGED = "lower --learning-rate, or raise --beta0"
+# Mean difference of a completion's log-probabilities between sampler and training pass, in nats:
+# rounding stays below, another function is off by whole nats.
+SAMPLER_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+LETTER = re.compile(r"\(([A-Z])\)\s*(?=\S)|([A-Z])[.)]\s+(?=\S)")  # before a choice: (A) or A.
 
 # CESAR's keyword reward, our lists: a part is the number of different entries found over the number
 # that makes it 1.
@@ -145,18 +154,12 @@ STOP_WORDS = {
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. Its message is one line that names the flag and the
-    remedy."""
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, or its type where it has none."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    """What the user gave cannot work: one line that names the flag and the remedy."""
 
 
 @dataclasses.dataclass
 class Args:
-    # ----------------------------------------------------------------------------------- experiment
+    # ------------------------------------------------------------------------------- experiment
     output_dir: str = "runs"
     """folder that receives one sub-folder per run"""
     run_name: str | None = None
@@ -164,81 +167,78 @@ class Args:
     seed: int = 1
     """seed of everything: LoRA, order of the questions, rollouts"""
     cpu: bool = False
-    """stay on the CPU; several processes there: torchrun --nproc-per-node N adrpo_audio_mmau.py
-    --cpu"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: matrix products in bfloat16; trained weights, log-probabilities and losses stay
-    float32. auto: bf16 on a GPU that has units for it, else fp32"""
+    """stay on the CPU; several processes there: torchrun --nproc-per-node N SCRIPT --cpu"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of matrix products; what is trained stays float32; auto: bf16 on a GPU that has it"""
     resume: str | None = None
-    """run folder to continue exactly from its newest checkpoint, or `latest`; the run's own flags
-    are used"""
+    """run folder to continue exactly from its last checkpoint, or `latest`, with its own flags"""
     eval_only: bool = False
-    """no training: answer --eval-data, once for each of --think-budgets, and write predictions,
-    scores and curve"""
+    """no training: answer --eval-data and write predictions and scores"""
 
-    # ---------------------------------------------------------------------------------------- model
+    # ------------------------------------------------------------------------------------ model
     model_id: str = "Qwen/Qwen2.5-Omni-7B"
-    """Qwen2.5-Omni (its thinker is loaded) or Qwen2-Audio, hub id or folder. It is also the
+    """Qwen2.5-Omni (its thinker) or Qwen2-Audio: a folder, or NAME[@REVISION] of the hub; also the
     reference"""
-    adapter: str | None = None
-    """--eval-only: folder of a LoRA (a run's final/) on top of the model"""
     lora_rank: int = 8
-    """rank of the LoRA on the language model, switched off for the reference (the published one-GPU
-    preset: 8). 0 trains all of the language model's layers and head beside a frozen copy; audio
-    tower and embeddings stay frozen"""
+    """rank of the LoRA on the language model (the published one-GPU preset: 8). 0 trains all of the
+    language model's layers and head beside a frozen copy; audio tower and embeddings stay frozen"""
     lora_alpha: int = 32
     """the LoRA's update is scaled by alpha / rank (the same preset: 32)"""
+    adapter: str | None = None
+    """folder of a LoRA to evaluate or go on from (a run's final/); the reference is without it"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    """less memory, more time; a question and its clip are then read once for each completion"""
+    fsdp: bool = False
+    """with torchrun: all weights, reference and optimiser split over the processes (FSDP2)"""
 
-    # ----------------------------------------------------------------------------------------- data
+    # ------------------------------------------------------------------------------------- data
     train_data: str | None = None
-    """questions to train on: .jsonl, a row {audio, question, choices, answer} a line, or a .json
-    list of such rows, of AVQA's own rows, or of MMAU's; or a dataset NAME[@REVISION][:SPLIT] with
-    audio in it, of the hub or in a folder"""
+    """rows {audio, question, choices, answer}, AVQA's own or MMAU's: .json, .jsonl, .csv, .parquet,
+    a folder, or of the hub NAME[:CONFIGURATION][@REVISION]; clips beside it or in it"""
     audio_dir: str | None = None
     """folder the clips of --train-data are relative to; default: that of the file"""
+    train_split: str | None = None
+    """split of a data set; default: its only one"""
     eval_data: str | None = None
-    """questions to evaluate on: MMAU's JSON as published, gamma-lab-umd/MMAU-test-mini (the hub's,
-    clips included), or as --train-data; default: every tenth of --train-data, which is then not
-    trained on"""
+    """evaluated on, given like --train-data; default: every tenth of those, not trained on"""
     eval_audio_dir: str | None = None
     """folder the clips of --eval-data are relative to; default: that of the file"""
+    eval_split: str | None = None
+    """split of a data set; default: its only one, or its only test split"""
     eval_max: int | None = None
     """only the first so many of them"""
     train_on_eval: bool = False
     """train on data that is, or overlaps with, an evaluation split: refused without this"""
     max_audio_seconds: float = 30.0
     """longer clips are cut, and counted; the model's own window is a limit too"""
-
-    # --------------------------------------------------------------------------------------- prompt
     think_budget: int = 50
     """words the prompt allows for <think> (Ke-Omni-R: 50); 0 asks for a direct answer"""
-    think_budgets: tuple[int, ...] | None = None
-    """--eval-only: evaluate each of these and draw accuracy against the reasoning used (CESAR: 0 25
-    50 ... 250)"""
 
-    # -------------------------------------------------------------------------------------- rewards
-    reward_weights: tuple[float, float, float, float, float] = (1.0, 1.0, 0.0, 0.0, 0.0)
-    """weights of accuracy, format, consistency, keywords, overthinking; 5 1 1 1 1 is CESAR"""
+    # ---------------------------------------------------------------------------------- rewards
+    reward_weights: tuple[float, ...] = (1.0, 1.0, 0.0, 0.0, 0.0)
+    """of accuracy, format, consistency, keywords, overthinking (CESAR: 5 1 1 1 1), and then of each
+    --reward, default 1"""
+    reward: tuple[str, ...] = ()
+    """beside these: FILE.py:function, function(prompts, completions, rows) -> floats"""
 
-    # -------------------------------------------------------------------------------------- rollout
+    # ---------------------------------------------------------------------------------- rollout
     prompts_per_update: int = 8
-    """questions per iteration, over all processes; a multiple of their number. Few make the update
-    noisy"""
+    """questions per iteration, over all processes; a multiple of these. Few: noisy updates"""
     group_size: int = 8
-    """completions per question (Ke-Omni-R, CESAR: 8). Their mean reward is the baseline: below 4 it
-    is noise"""
+    """completions per question (Ke-Omni-R, CESAR: 8). Their mean is the baseline: below 4, noise"""
     max_completion_length: int = 256
-    """tokens after which a completion is cut off; also the overthinking reward's maximum (CESAR:
-    256)"""
+    """tokens after which a completion is cut off; the overthinking reward's maximum (CESAR: 256)"""
     temperature: float = 1.0
     """of the policy, in rollouts and in training alike (Ke-Omni-R: 1)"""
+    top_p: float = 1.0
+    """below 1: sample from the likeliest tokens of this probability. The loss ignores it, so it
+    makes training slightly off-policy"""
+    top_k: int = 0
+    """above 0: sample from the so many likeliest tokens; like --top-p"""
     rollout_batch: int = 64
-    """completions rolled out at once, per process (at least one group); changes memory and speed,
-    not the result"""
+    """completions rolled out at once, per process; changes memory and speed, not the result"""
 
-    # ---------------------------------------------------------------------------------- fine-tuning
+    # ------------------------------------------------------------------------------ fine-tuning
     method: Literal["adrpo", "grpo"] = "adrpo"
     """grpo holds the coefficient at beta0"""
     iterations: int = 1000
@@ -246,11 +246,11 @@ class Args:
     updates_per_rollout: int = 1
     """optimiser steps on one rollout, each on all of it; above 1 the clipped ratio matters"""
     beta0: float = 0.04
-    """KL coefficient of a completion with A = 0 (the paper: 0.04). Larger: closer to the
-    reference"""
+    """KL coefficient where A = 0 (the paper: 0.04). Larger: closer to the reference"""
     adv_clip_k: float | None = 1.0
-    """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; 0.5 and 2 are its Table 3);
-    None = no clip"""
+    """adrpo: clip A to +-k beta0 in the coefficient (the paper: 1; its Table 3: .5, 2), or None"""
+    scale_rewards: Literal["group", "none"] = "group"
+    """divide A by the group's standard deviation, or by nothing (Dr. GRPO, arXiv 2503.20783)"""
     clip_eps: float = 0.2
     """clip the ratio to 1 +- this"""
     learning_rate: float = 5e-6
@@ -261,25 +261,465 @@ class Args:
     """AdamW"""
     max_grad_norm: float = 1.0
     """gradient norm clip"""
-    train_tokens: int = 4096
-    """tokens per forward and backward pass, padding included, per process: whole groups, or part of
-    one, each with its question once; changes memory and speed, not the result"""
+    train_tokens: int = 2048
+    """tokens of prompts, and of completions, in one pass, at their greatest lengths; changes memory
+    and speed, not the result"""
 
-    # ---------------------------------------------------------------------- evaluation, checkpoints
+    # ---------------------------------------------------------------- evaluation, checkpoints
     eval_every: int = 100
     """iterations between evaluations"""
     eval_temperature: float = 0.0
     """0 = greedy"""
     eval_batch: int = 16
-    """questions answered at once in an evaluation, per process; changes memory and speed, not the
-    result"""
+    """questions answered at once, per process; changes memory and speed, not the result"""
     save_every: int = 50
     """iterations between checkpoints"""
+    keep_adapters: bool = True
+    """keep the LoRA of each evaluation in adapters/: the best is often an earlier one"""
 
 
-# ------------------------------------------------------------------------------ answers and rewards
+# -------------------------------------------------------------------------------------- the method
+def group_advantage(rewards: Tensor, eps: float = 1e-4, scale: bool = True) -> Tensor:
+    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO); without `scale` not divided
+    (Dr. GRPO). rewards [P,G] -> [P,G], detached. Equal rewards give exactly 0."""
+    relative = rewards - rewards[:, :1]
+    advantage = relative - relative.mean(dim=1, keepdim=True)
+    if scale:
+        advantage = advantage / (relative.std(dim=1, keepdim=True) + eps)
+    return advantage.detach()
 
 
+def adaptive_beta(advantage: Tensor, beta0: float, clip_k: float | None = 1.0) -> Tensor:
+    """ADRPO's KL coefficient beta0 - clip(A, +-k beta0) (eq. 7): advantage [B] -> [B], detached;
+    clip_k None: no clip. With k <= 1 it is never negative."""
+    if clip_k is not None:
+        advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
+    return (beta0 - advantage).detach()
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(pi || ref) of each token, estimated at the sampled one: exp(d) - d - 1 with
+    d = ref_logp - logp (k3 of Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. Beyond d = 20
+    the exponential goes on as its tangent (ours): it would overflow."""
+    difference = ref_logp - logp
+    limited = difference.clamp(max=20)
+    return limited.exp() * (1 + difference - limited) - difference - 1
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor,
+    advantage: Tensor,
+    coefficient: Tensor,
+    mask: Tensor,
+    clip_eps: float,
+) -> Tensor:
+    """Mean over completions of the mean over their tokens of
+    -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL (GRPO, eq. 3; ADRPO, eq. 7). logp,
+    old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
+    ratio = (logp - old_logp).clamp(-20, 20).exp()
+    advantage, coefficient = advantage[:, None], coefficient[:, None]
+    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
+    per_token = policy + coefficient * kl_k3(logp, ref_logp)
+    return ((per_token * mask).sum(1) / mask.sum(1)).mean()
+
+
+def adrpo_statistics(coefficient: Tensor, advantage: Tensor, limit: float) -> dict[str, float]:
+    """The adrpo/* figures of one rollout. fraction_saturated: share of completions whose A is cut
+    to +-limit."""
+    return {
+        "adrpo/coefficient_mean": coefficient.mean().item(),
+        "adrpo/coefficient_min": coefficient.min().item(),
+        "adrpo/coefficient_max": coefficient.max().item(),
+        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
+        "adrpo/fraction_saturated": (advantage.abs() > limit).float().mean().item(),
+    }
+
+
+def learning_rate(args: Args, iteration: int) -> float:
+    """Five iterations of warm-up, then constant or on a cosine to zero."""
+    decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
+    decay = decay if args.lr_schedule == "cosine" else 1.0
+    return args.learning_rate * min(1.0, iteration / 5) * decay
+
+
+# ----------------------------------------------------------------------------------------- rollout
+class Policy(NamedTuple):
+    """The models of a run, and how they choose a token."""
+
+    model: nn.Module  # what is trained
+    sampler: nn.Module  # what is rolled out: the same, or its copy in bfloat16
+    reference: nn.Module | None  # a frozen copy; None: the model with its LoRA switched off
+    stop: list[int]  # token ids that end a completion
+    unreadable: Tensor  # [V], True for the head's rows that are no token of text
+    pad: int
+    temperature: float
+    warpers: list[LogitsProcessor]  # top-k and top-p, of the sampler alone
+    static: dict[tuple, StaticCache] | None  # caches by shape; None: some layers cannot have one
+    full: bool  # prompts and batches padded full, so that `generate` is compiled once (GPU)
+    lengths: tuple[int, int]  # most tokens of a prompt with its clip, of a completion
+
+
+def seed_everything(*numbers: int) -> torch.Generator:
+    """Seed every global random state (plug-ins may use one); return a generator: from `numbers`."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_prompts(count: int, per_update: int, iteration: int, seed: int) -> list[int]:
+    """Rows of an iteration's prompts: one pass after the other over all, each shuffled anew."""
+    first = iteration * per_update
+    passes = range(first // count, (first + per_update - 1) // count + 1)
+    orders = [np.random.default_rng([seed, number]).permutation(count) for number in passes]
+    start = first - passes[0] * count
+    return np.concatenate(orders)[start : start + per_update].tolist()
+
+
+def scaled_logits(logits: Tensor, policy: Policy) -> Tensor:
+    """The policy's logits [..., V] in float32: over its temperature, and none for tokens that
+    nobody can read (Qwen2 has 151,936 rows in the head, and 151,646 tokens)."""
+    logits = logits.float() / (policy.temperature or 1.0)
+    return logits.masked_fill_(policy.unreadable, torch.finfo(torch.float32).min)
+
+
+class ChooseByUniform(LogitsProcessor):
+    """Chooses each token of `generate` by the inverse cumulative function at a uniform number drawn
+    beforehand, [N,T]: the result depends neither on how the batch is cut nor on the number of
+    processes. Keeps the tokens' log-probabilities (before top-k and top-p), never the logits."""
+
+    def __init__(self, uniforms: Tensor, policy: Policy):
+        self.uniforms, self.policy, self.logp = uniforms, policy, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = warped = scaled_logits(scores, self.policy)
+        for warper in self.policy.warpers:
+            warped = warper(input_ids, warped)
+        cumulative = warped.softmax(-1).cumsum(-1)
+        uniform = self.uniforms[:, len(self.logp), None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[1] - 1)
+        if self.policy.temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        self.logp.append(logits.log_softmax(-1).gather(1, token))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def encode(processor, texts: list[str], waves: list[np.ndarray]) -> dict[str, Tensor]:
+    """What the model reads of B prompts and their clips: input_ids, attention_mask [B,P],
+    left-padded, and features of the sound [B,...]. Raises InputError where nothing is heard."""
+    audio = {"sampling_rate": SAMPLE_RATE}
+    if isinstance(processor, Qwen2_5OmniProcessor):
+        # It would compute the spectrogram of 300 s of padding too, for nothing: the model drops it.
+        # With some silence behind the clip the rest is the same to the bit.
+        extractor, longest = processor.feature_extractor, max(map(len, waves))
+        room = ((longest + extractor.n_fft) // extractor.hop_length + 1) * extractor.hop_length
+        audio["max_length"] = min(room, extractor.n_samples)
+    options = {"text_kwargs": {"padding": True, "padding_side": "left"}, "audio_kwargs": audio}
+    try:
+        inputs = dict(processor(text=texts, audio=waves, return_tensors="pt", **options))
+    except ValueError as error:
+        raise InputError(f"--model-id: its processor gives no audio features ({error})") from error
+    token = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
+    if "input_features" not in inputs or not (inputs["input_ids"] == token).any():
+        raise InputError("--model-id: its processor gives no audio features: nothing is heard")
+    return inputs
+
+
+def hear(policy: Policy, processor, questions: list["Question"], args: Args) -> dict[str, Tensor]:
+    """`encode` of some questions and their clips, on the device."""
+    texts = [build_prompt(processor, question.row, args.think_budget) for question in questions]
+    waves = [load_audio(question.clip, args.max_audio_seconds) for question in questions]
+    inputs, device = encode(processor, texts, waves), policy.unreadable.device
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def take(inputs: dict[str, Tensor], rows) -> dict[str, Tensor]:
+    """Some rows of what `encode` gives."""
+    return {name: value[rows] for name, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def last_logits(model: nn.Module, count: int) -> Iterator[None]:
+    """Here the head reads the last `count` places only: audio models have no logits_to_keep."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, -count:],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def read_prompts(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
+    """What `encode` gives -> the logits after the prompt [B,1,V], and its keys and values. The
+    cache is made without the model's configuration: that of a sliding window would drop what rows
+    of different length still need."""
+    cache = DynamicCache()
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with last_logits(model, 1):
+        out = model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.logits, cache
+
+
+@torch.no_grad()
+def complete(policy: Policy, inputs: dict[str, Tensor], uniforms: Tensor) -> tuple:
+    """`rollout` for prompts that fit into one batch."""
+    model, group = policy.sampler, uniforms.shape[1]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    spare = max(0, policy.lengths[0] - ids.shape[1]) * policy.full
+    ids, mask = F.pad(ids, (spare, 0), value=policy.pad), F.pad(mask, (spare, 0))
+    # `generate` reads the last token itself, and no clip.
+    before = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
+    _, cache = read_prompts(model, inputs | before)
+    cache.batch_repeat_interleave(group)
+    if policy.static is not None:  # does not grow by copies, is compiled
+        layers, shape = cache.layers, (len(ids) * group, ids.shape[1] + uniforms.shape[2])
+        if shape not in policy.static and len(policy.static) == 2:  # rollout's and evaluation's
+            policy.static.clear()
+        new = StaticCache(model.config, max_cache_len=shape[1])
+        cache = policy.static.setdefault(shape, new)
+        cache.reset()
+        for number, layer in enumerate(layers):
+            cache.update(layer.keys, layer.values, number)
+    choose = ChooseByUniform(uniforms.flatten(0, 1), policy)
+    settings = GenerationConfig(  # the likeliest token of what `choose` leaves: its choice
+        max_new_tokens=uniforms.shape[2], do_sample=False, eos_token_id=policy.stop
+    )
+    mask = mask.repeat_interleave(group, 0)
+    out = model.generate(
+        input_ids=ids.repeat_interleave(group, 0),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        generation_config=settings,
+        logits_processor=[choose],
+        synced_gpus=isinstance(model, FSDPModule),
+    )
+    tokens = out[:, ids.shape[1] :]
+    ended = torch.isin(tokens, torch.tensor(policy.stop, device=tokens.device))
+    kept = ended.cumsum(1) - ended.long() == 0
+    return tokens, kept, torch.cat(choose.logp, 1) * kept
+
+
+def rollout(policy: Policy, inputs: dict, uniforms: Tensor, at_once: int) -> list[Tensor]:
+    """G completions for each of B prompts, `at_once` prompts in a batch, from uniforms [B,G,T] (T:
+    most tokens): tokens, mask (1 up to and with the stop token) and log-probabilities, [B*G,C]
+    each. A prompt and its clip are read once for their group."""
+    count, group, _ = uniforms.shape
+    parts = []
+    for start in range(0, count, at_once):
+        rows = [*range(start, min(start + at_once, count))]
+        wanted = len(rows) * group
+        if policy.full:
+            rows += rows[:1] * (at_once - len(rows))
+        part = complete(policy, take(inputs, rows), uniforms[rows])
+        parts.append([value[:wanted] for value in part])
+    columns = max(tokens.shape[1] for tokens, _, _ in parts)
+    padded = [[F.pad(value, (0, columns - value.shape[1])) for value in part] for part in parts]
+    return [torch.cat(values) for values in zip(*padded, strict=True)]
+
+
+# ----------------------------------------------------------------------------------- training pass
+class Batch(NamedTuple):
+    """A rollout as the training pass reads it: G completions of each of B prompts, in a row."""
+
+    inputs: dict[str, Tensor]  # what `encode` gives, [B,...]
+    tokens: Tensor  # [B*G,C]
+    kept: Tensor  # [B*G,C], True up to and with the stop token
+
+
+def read_completions(model, first: Tensor, cache: list[Tensor], mask: Tensor, tokens: Tensor):
+    """Logits [n,C,V] of completions [n,C] whose prompts' last logits [n,1,V], keys and values
+    [n,...] (layer by layer) and mask [n,P] are given."""
+    own = DynamicCache()
+    for number in range(len(cache) // 2):
+        own.update(cache[2 * number], cache[2 * number + 1], number)
+    positions = mask.sum(-1, keepdim=True) + torch.arange(tokens.shape[1], device=tokens.device)
+    seen = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    inputs = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
+    rest = model(**inputs, past_key_values=own, use_cache=True).logits
+    return torch.cat([first, rest[:, :-1]], dim=1)
+
+
+def read_ordinary_rows(model, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """The same of rows prompt + completion, for gradient checkpointing, which has no cache: inputs
+    [n,...], tokens [n,C] -> logits [n,C,V]."""
+    layers = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+    for layer in layers:  # a layer asks its own flag; the dropout inside it stays off
+        layer.training = True
+    ids = torch.cat([inputs["input_ids"], tokens], dim=1)
+    seen = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+    rows = {"input_ids": ids, "attention_mask": seen}
+    rows["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)
+    with last_logits(model, tokens.shape[1] + 1):
+        logits = model(**inputs | rows, use_cache=False).logits[:, :-1]
+    model.eval()
+    return logits
+
+
+def token_log_probabilities(logits: Tensor, tokens: Tensor, policy: Policy):
+    """log pi(token), and the entropy of pi in nats (without gradient): logits [n,C,V], tokens [n,C]
+    -> two float32 [n,C]."""
+    logits = scaled_logits(logits, policy)
+    normaliser = logits.logsumexp(-1)
+    logp = logits.gather(-1, tokens[..., None]).squeeze(-1) - normaliser
+    with torch.no_grad():  # row by row, for [n,C,V] is large
+        expected = [(row.softmax(-1) * row).sum(-1) for row in logits]
+    return logp, normaliser.detach() - torch.stack(expected)
+
+
+def completion_passes(policy: Policy, model: nn.Module, batch: Batch, args: Args) -> Iterator:
+    """Log-probabilities and entropies [n,C] of some completions after another, behind the slice of
+    them. A prompt is read once for all its completions: they get its keys and values as leaves, at
+    which the caller's own backward pass ends, to be taken before it asks for the next; one backward
+    pass through the prompts takes on what has come together there (ours)."""
+    count = len(batch.inputs["input_ids"])
+    group = len(batch.tokens) // count
+    # Of the greatest lengths, so that all processes have as many passes (FSDP).
+    prompts_at_once, rows_at_once = (max(1, args.train_tokens // most) for most in policy.lengths)
+    # Weights that are trained in float32, for products in bfloat16.
+    mixed = {"dtype": torch.bfloat16, "enabled": policy.sampler is not policy.model}
+    for start in range(0, count, prompts_at_once):
+        inputs = take(batch.inputs, slice(start, start + prompts_at_once))
+        mask, made = inputs["attention_mask"], []
+        if not args.gradient_checkpointing:
+            with torch.autocast(mask.device.type, **mixed):
+                first, cache = read_prompts(model, inputs)
+            made = [first, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
+        leaves = [part.detach().requires_grad_(part.requires_grad) for part in made]
+        end = (start + len(mask)) * group
+        for row in range(start * group, end, rows_at_once):
+            at = slice(row, min(row + rows_at_once, end))
+            width = int(batch.kept[at].sum(1).max())
+            tokens = batch.tokens[at, :width]
+            own = torch.arange(at.start, at.stop, device=mask.device) // group - start  # [n]
+            with torch.autocast(mask.device.type, **mixed):
+                if args.gradient_checkpointing:
+                    logits = read_ordinary_rows(model, take(inputs, own), tokens)
+                else:
+                    first, *cache = [leaf[own] for leaf in leaves]
+                    logits = read_completions(model, first, cache, mask[own], tokens)
+            values = token_log_probabilities(logits, tokens, policy)
+            yield at, *(F.pad(value, (0, batch.tokens.shape[1] - width)) for value in values)
+        pairs = [(part, leaf.grad) for part, leaf in zip(made, leaves, strict=True)]
+        pairs = [(part, gradient) for part, gradient in pairs if gradient is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+@torch.no_grad()
+def reference_log_probabilities(policy: Policy, batch: Batch, args: Args) -> Tensor:
+    """Log-probabilities [B*G,C] of the frozen copy, or of the model without its LoRA."""
+    if policy.reference is None:
+        policy.model.disable_adapter_layers()
+    passes = completion_passes(policy, policy.reference or policy.model, batch, args)
+    logp = torch.cat([part for _, part, _ in passes])
+    if policy.reference is None:
+        policy.model.enable_adapter_layers()
+    return logp
+
+
+# -------------------------------------------------------------------------------------- evaluation
+def my_share(count: int, rank: int, processes: int) -> list[int]:
+    """Positions 0..count-1 that this process works on; all processes get equally many, the last
+    ones some again, so that the gathered parts, cut to `count`, are in order."""
+    size = math.ceil(count / processes)
+    return [position % count for position in range(rank * size, (rank + 1) * size)]
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927); rounding keeps it around the share."""
+    share, spread = right / count, z**2 / count
+    middle = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return min(max(low, 0.0), share), max(min(high, 1.0), share)
+
+
+def mmau_scores(rows: list[dict], predictions: dict[str, str]) -> dict[str, dict[str, dict]]:
+    """Accuracy in percent with its interval, by MMAU's rule: total, per task, difficulty and
+    sub-category. rows: all that were asked for; a row whose id has no prediction is wrong."""
+    groups = {key: defaultdict(list) for key in ("total", "task", "difficulty", "sub-category")}
+    for row in rows:
+        right = mmau_match(row["answer"], predictions.get(row["id"], ""), row["choices"])
+        for key, found in groups.items():
+            name = "total" if key == "total" else row.get(key)
+            if name is not None:
+                found[str(name)].append(right)
+    scores = {key: {} for key in groups}
+    for key, found in groups.items():
+        for name, rights in found.items():
+            right, count = sum(rights), len(rights)
+            low, high = wilson(right, count)
+            figures = {"accuracy": 100 * right / count, "low": 100 * low, "high": 100 * high}
+            scores[key][name] = figures | {"right": right, "count": count}
+    return scores
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, processor, data: "Data", plugins: dict, accelerator, args: Args):
+    """Every eval/* figure of the policy; MMAU's scores; all rows that were asked for, those whose
+    clips cannot be used too, with the model's words. A question has its own random numbers,
+    whatever stands beside it."""
+    names, tokenizer = (*REWARDS, *plugins), processor.tokenizer
+    sampler = policy._replace(temperature=args.eval_temperature)
+    mine = my_share(len(data.heldout), accelerator.process_index, accelerator.num_processes)
+    records = []
+    starts = range(0, len(mine), args.eval_batch)
+    for start in tqdm(starts, "evaluate", leave=False, disable=not accelerator.is_main_process):
+        questions = [data.heldout[i] for i in mine[start : start + args.eval_batch]]
+        uniforms = torch.zeros(len(questions), 1, args.max_completion_length)
+        for uniform, question in zip(uniforms, questions, strict=True):
+            number = int(hashlib.sha1(question.row["id"].encode()).hexdigest()[:8], 16)
+            uniform.uniform_(generator=seed_everything(args.seed, 0, number))
+        inputs = hear(policy, processor, questions, args)
+        uniforms = uniforms.to(accelerator.device)
+        tokens, kept, _ = rollout(sampler, inputs, uniforms, args.eval_batch)
+        completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        rows = [question.row for question in questions]
+        values = score(texts, list(map(len, completions)), rows, plugins, args)
+        for text, completion, row, value in zip(texts, completions, rows, values, strict=True):
+            thought = tokenizer(block(text, "think"), add_special_tokens=False).input_ids
+            record = {"id": row["id"], "completion": text, "tokens": len(completion)}
+            record |= dict(zip(names, value.tolist(), strict=True))
+            records.append(record | {"reasoning_tokens": len(thought)})
+    records = gather_object(records)[: len(data.heldout)]
+    words_of = {record["id"]: record["completion"] for record in records}
+    answers = {name: block(text, "answer") for name, text in words_of.items()}
+    scores = mmau_scores(data.asked, answers)
+    untagged = {name: answer_or_all(text) for name, text in words_of.items()}
+    figures = {"accuracy": scores["total"]["total"]["accuracy"]}
+    figures["accuracy_untagged"] = mmau_scores(data.asked, untagged)["total"]["total"]["accuracy"]
+    for task in TASKS:
+        if task in scores["task"]:
+            figures[f"accuracy_{task}"] = scores["task"][task]["accuracy"]
+    for name in (*names[1:], "tokens", "reasoning_tokens"):
+        figures[name] = sum(record[name] for record in records) / len(records)
+    # The official script reads `model_output`, its README says `model_prediction`; a row without
+    # would not be counted.
+    said = []
+    for row in data.asked:
+        given, text = answers.get(row["id"], ""), words_of.get(row["id"])
+        said.append(row | {"model_output": given, "model_prediction": given, "completion": text})
+    return figures, scores, said
+
+
+def score_table(scores: dict) -> str:
+    """MMAU's scores as a Markdown table."""
+    lines = ["| | accuracy | 95 % interval | right | of |", "|---|---|---|---|---|"]
+    for key, groups in scores.items():
+        for name, s in sorted(groups.items()):
+            label = name if key == "total" else f"{key}: {name}"
+            interval = f"{s['low']:.1f} to {s['high']:.1f}"
+            cells = (label, f"{s['accuracy']:.2f}", interval, s["right"], s["count"])
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------- rewards
 def words(text: str) -> list[str]:
     """Lower-case words: runs of letters, digits and underscores, as MMAU's official rule splits."""
     return re.findall(r"\b\w+\b", text.lower())
@@ -296,6 +736,13 @@ def block(text: str, tag: str) -> str:
     given."""
     found = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, re.DOTALL)
     return re.sub(r"</?(think|answer)>", " ", found[-1]).strip() if found else ""
+
+
+def answer_or_all(text: str) -> str:
+    """What stands inside the last <answer> block; the whole text where there is none, as Ke-Omni-R
+    and R1-AQA score."""
+    given = -1 < text.find("<answer>") < text.rfind("</answer>")
+    return block(text, "answer") if given else text
 
 
 def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
@@ -350,166 +797,229 @@ def reward_overthinking(tokens: int, longest: int) -> float:
     return 1 - tokens / longest
 
 
-def score(
-    completions: list[str], tokens: list[int], rows: list[dict], think: bool, longest: int
-) -> Tensor:
-    """All rewards of B completions, in the order of REWARDS -> float32 [B,5] on the CPU."""
-    table = [
-        [
-            reward_accuracy(text, row),
-            reward_format(text, think),
-            reward_consistency(text, row),
-            reward_keywords(text),
-            reward_overthinking(count, longest),
-        ]
-        for text, count, row in zip(completions, tokens, rows, strict=True)
+@torch.no_grad()
+def score(completions: list[str], tokens: list[int], rows: list[dict], plugins: dict, args: Args):
+    """All rewards of B completions of so many tokens, REWARDS and then the plug-ins -> float32
+    [B,R] on the CPU. Raises InputError where a plug-in's are not B finite numbers."""
+    pairs = list(zip(completions, rows, strict=True))
+    columns = [
+        [reward_accuracy(text, row) for text, row in pairs],
+        [reward_format(text, args.think_budget > 0) for text in completions],
+        [reward_consistency(text, row) for text, row in pairs],
+        [reward_keywords(text) for text in completions],
+        [reward_overthinking(count, args.max_completion_length) for count in tokens],
     ]
-    return torch.tensor(table)
+    columns = [torch.tensor(column) for column in columns]
+    for name, function in plugins.items():
+        prompts = [question_text(row, args.think_budget) for row in rows]
+        values = function(prompts, completions, rows)
+        rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
+        if rewards.shape != (len(completions),) or not rewards.isfinite().all():
+            bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
+            raise InputError(f"--reward {name}: must give {len(rows)} finite floats ({bad})")
+        columns.append(rewards)
+    return torch.stack(columns, dim=1)
 
 
-# --------------------------------------------------------------------------------------------- data
+def load_plugin(spec: str) -> Callable:
+    """The function of FILE.py:function. Its own errors are shown as they are."""
+    path, _, name = spec.rpartition(":")
+    if not (path.endswith(".py") and Path(path).is_file()):
+        raise InputError(f"--reward {spec}: give FILE.py:function of an existing file")
+    module_name = f"reward_plugin_{Path(path).stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # where dataclasses and pickle look it up
+    module_spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
-def read_questions(flag: str, spec: str) -> list[dict]:
-    """Rows {id, audio, question, choices, answer, ...} of a .jsonl or .json file in our, AVQA's or
-    MMAU's layout.
-
-    Raises InputError for a file that cannot be read, and as check_questions."""
-    try:
-        text = Path(spec).read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if Path(spec).suffix == ".json"
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("must be a list of JSON objects")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--{flag} {spec}: cannot be read ({one_line(error)}); give a .json or .jsonl file"
-        ) from error
-    return check_questions(flag, spec, rows)
+def load_plugins(specs: tuple[str, ...]) -> dict[str, Callable]:
+    """The functions of --reward by their tags. Raises InputError where two tags are one."""
+    names = [spec.rpartition(":")[2] for spec in specs]
+    if len(names) > len({*names} - TAKEN_TAGS):
+        raise InputError(f"--reward: the names {names} collide with a tag; rename one")
+    return dict(zip(names, map(load_plugin, specs), strict=True))
 
 
-def check_questions(flag: str, spec: str, rows: list[dict]) -> list[dict]:
-    """Rows in our, AVQA's or MMAU's layout in ours, in their order. Raises InputError for a row
-    without a key, an answer that is not among the choices, or an id that is there twice."""
-    if not rows:
-        raise InputError(f"--{flag} {spec}: empty")
-    questions, seen = [], set()
+# -------------------------------------------------------------------------------------------- data
+@dataclasses.dataclass(frozen=True)
+class StoredClip:
+    """A clip inside a data set. Its bytes stay in the memory-mapped file until they are wanted."""
+
+    name: str
+    cells: Any  # a datasets.Dataset with the columns bytes and path
+    number: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Question(NamedTuple):
+    """A row of the data and its clip."""
+
+    row: dict  # id, audio, question, choices, answer, and what else its source has
+    clip: Path | StoredClip
+
+
+@dataclasses.dataclass
+class Data:
+    """The questions of a run, and what reading them found out."""
+
+    train: list[Question] = dataclasses.field(default_factory=list)
+    heldout: list[Question] = dataclasses.field(default_factory=list)
+    # The rows of heldout, with those whose clips cannot be used.
+    asked: list[dict] = dataclasses.field(default_factory=list)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)  # by flag, with the commit
+    # Rows and clips that cannot be used, and why.
+    skipped: list[dict] = dataclasses.field(default_factory=list)
+    longer: int = 0  # clips that are cut to what the model hears
+    cancelling: int = 0  # clips whose channels cancel in their mean
+
+
+def read_table(spec: str, split: str | None, test: bool) -> tuple[list[dict], str]:
+    """The rows of a .parquet file, a folder or NAME[:CONFIGURATION][@REVISION], their clips under
+    `audio`, and the source with its commit. test: a test split is what is wanted."""
+    import datasets  # here, because it is slow to import and other files do not need it
+
+    local = Path(spec).exists()
+    if Path(spec).suffix == ".parquet":
+        parts = {"": datasets.Dataset.from_parquet(spec)}
+    else:
+        name, _, revision = (spec, "", "") if local else spec.partition("@")
+        name, _, configuration = (name, "", "") if local else name.partition(":")
+        parts = datasets.load_dataset(name, configuration or None, revision=revision or None)
+    usual = [part for part in parts if len(parts) == 1 or (test and "test" in part)]
+    split = usual[0] if split is None and len(usual) == 1 else split
+    if split not in parts:
+        raise ValueError(f"its splits are {', '.join(parts)}: name one of them, not {split}")
+    table = parts[split]
+    sounds = []
+    for column, feature in table.features.items():
+        stored = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+        sounds += [column] if stored or isinstance(feature, datasets.Audio) else []
+    rows = [dict(row) for row in table.remove_columns(sounds)]
+    if sounds:
+        cells = table.select_columns(sounds[:1])
+        cells = cells.cast_column(sounds[0], datasets.Audio(decode=False)).flatten()
+        cells = cells.rename_columns({f"{sounds[0]}.{end}": end for end in ("bytes", "path")})
+        for number, path in enumerate(cells["path"]):
+            clip_name = path or f"{Path(spec).name}:{split}:{number}"
+            rows[number]["audio"] = StoredClip(clip_name, cells, number)
+    for row in rows:
+        row["dataset_split"] = split or None
+    if local or not table.cache_files:
+        return rows, spec
+    # The folder of its cache that the library has read is named after the commit.
+    commit = Path(table.cache_files[0]["filename"]).parent.name
+    return rows, f"{spec.partition('@')[0]}@{commit}"
+
+
+def read_rows(spec: str, split: str | None, test: bool) -> tuple[list[dict], str]:
+    """The rows of a file or a data set, and the source with its commit."""
+    path = Path(spec)
+    if path.suffix not in (".json", ".jsonl", ".csv"):
+        return read_table(spec, split, test)
+    text = path.read_bytes().decode("utf-8-sig")  # without the mark that some editors write
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline=""))), spec
+    if text.lstrip().startswith("["):
+        return json.loads(text), spec
+    return [json.loads(line) for line in text.split("\n") if line.strip()], spec
+
+
+def choice_meant(answer: object, choices: list[str], position: bool) -> str:
+    """The choice that an answer means: its words, but for case, a letter before them and a full
+    stop; else its letter, else its position from 0; `position` first where the data write that.
+    Raises ValueError where it is none of them."""
+
+    def plain(text: str) -> str:
+        return text.strip().rstrip(".").lower()
+
+    text = str(answer).strip()
+    letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", text)
+    number = re.fullmatch(r"(\d+)(\.0)?", text)
+    place = int(number[1]) if number else len(choices)
+    found = [choice for choice in choices if choice.strip() == text]
+    for meant in (text, text[LETTER.match(text).end() :] if LETTER.match(text) else ""):
+        found += [choice for choice in choices if plain(choice) == plain(meant) != ""]
+    found += choices[ord(letter[1]) - ord("A") :][:1] if letter else []
+    found = choices[place:][:1] + found if position else found + choices[place:][:1]
+    if not found:
+        raise ValueError(f"the answer {answer!r} is not among the choices")
+    return found[0]
+
+
+def normalise(row: dict) -> dict:
+    """A row of ours, AVQA's or MMAU's as ours, the same whatever file it was in; other columns
+    stay. Raises ValueError or TypeError where it cannot be used."""
+    clip = row["audio"] if isinstance(row.get("audio"), StoredClip) else None
+    extra = row.get("other_attributes") or {}  # the hub's MMAU: most of its columns
+    extra = json.loads(extra) if isinstance(extra, str) else extra
+    row = extra | {key: value for key, value in row.items() if value not in (None, "")}
+    row.pop("other_attributes", None)
+    # As strict JSON has it, which predictions are written in: no dates, null for nan.
+    row = json.loads(json.dumps(row, default=str), parse_constant=lambda name: None)
+    audio = clip or row.get("audio_path") or row.get("audio") or row.get("audio_id")
+    if not audio and "video_name" in row:  # AVQA: the clip is a video's sound
+        audio = f"{row['video_name']}.wav"
+    question = row.get("question") or row.get("question_text") or row.get("instruction")
+    choices = row.get("choices") or row.get("multi_choice")
+    choices = ast.literal_eval(choices) if isinstance(choices, str) else choices  # a .csv's
+    parts = {"audio": audio, "question": question, "choices": choices, "answer": row.get("answer")}
+    missing = [name for name, part in parts.items() if part in (None, "", [])]
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    if not isinstance(audio, (str, StoredClip)) or not isinstance(choices, list):
+        raise ValueError("audio must be a name, choices a list")
+    question, choices = str(question), [str(choice) for choice in choices]
+    avqa = "multi_choice" in row
+    parts["question"] = question.replace("video", "audio") if avqa else question
+    # Letters before the choices would count as words of the answer in MMAU's rule.
+    letters = [LETTER.match(choice) for choice in choices]
+    names = [letter and (letter[1] or letter[2]) for letter in letters]
+    if names == list(string.ascii_uppercase[: len(names)]):
+        choices = [choice[letter.end() :] for choice, letter in zip(choices, letters, strict=True)]
+    parts["choices"], parts["answer"] = choices, choice_meant(parts["answer"], choices, avqa)
+    return row | parts
+
+
+def check_questions(flag: str, spec: str, rows: list[dict], data: Data | None = None) -> list[dict]:
+    """The rows that can be used, as ours, with an id; the others go to `data.skipped`. Raises
+    InputError where none can."""
+    data, questions, seen = data or Data(), [], set()
     for number, row in enumerate(rows):
-        if "multi_choice" in row:  # AVQA's own: the answer is a position, the clip a video's sound
-            try:
-                text = row["question_text"].replace("video", "audio")
-                row = row | {
-                    "question": text,
-                    "choices": row["multi_choice"],
-                    "audio": f"{row['video_name']}.wav",
-                }
-                row["answer"] = row["choices"][row["answer"]]
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"--{flag} {spec}: row {number} is not AVQA's ({type(error).__name__} {error})"
-                ) from error
-        row = {"id": number, "audio": row.get("audio_id")} | row
-        row["id"] = str(row["id"])
-        missing = [key for key in ("audio", "question", "choices", "answer") if not row.get(key)]
-        if missing:
-            raise InputError(
-                f"--{flag} {spec}: row {number} has no {missing[0]}; a row is audio, question, "
-                "choices, answer"
-            )
-        texts = (row["audio"], row["question"], *row["choices"])
-        if not isinstance(row["choices"], list) or not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"--{flag} {spec}: row {number}: audio, question and each of the choices must be "
-                "text"
-            )
-        if row["answer"] not in row["choices"]:
-            raise InputError(
-                f"--{flag} {spec}: row {number}: the answer {row['answer']!r} is not among the "
-                "choices"
-            )
-        if row["id"] in seen:
-            raise InputError(f"--{flag} {spec}: the id {row['id']} is there twice")
-        seen.add(row["id"])
-        questions.append(row)
+        try:
+            question = {"id": number} | normalise(row)
+            question["id"] = str(question["id"])
+            if question["id"] in seen:
+                raise ValueError(f"its id {question['id']} is there twice")
+        except (ValueError, TypeError, AttributeError, SyntaxError) as error:
+            data.skipped.append({"flag": f"--{flag}", "row": number, "reason": str(error)})
+            continue
+        seen.add(question["id"])
+        questions.append(question)
+    if not questions:
+        reason = f"row 0: {data.skipped[-len(rows)]['reason']}" if rows else "it is empty"
+        what = f"none of its {len(rows)} rows can be used ({reason})"
+        raise InputError(f"--{flag} {spec}: {what}; a row is audio, question, choices, answer")
     return questions
 
 
-class StoredClip(NamedTuple):
-    """A clip inside a dataset. Its bytes stay in the memory-mapped file until they are wanted."""
-
-    cells: Any  # a datasets.Dataset with bytes and path
-    number: int
-
-
-def read_dataset(
-    flag: str, spec: str
-) -> tuple[list[dict], dict[str, StoredClip], dict[str, str | None]]:
-    """Rows of a dataset NAME[@REVISION][:SPLIT] in our or the hub's MMAU layout, their clips by id,
-    and what identifies its version. Raises InputError for one that cannot be loaded or has no
-    audio, and as check_questions."""
-    import datasets  # here, because it is slow to import and files do not need it
-
-    name, _, split = (
-        (spec, "", "") if Path(spec).exists() or ":" not in spec else spec.rpartition(":")
-    )
-    repository, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+def read_questions(
+    flag: str, spec: str, split: str | None = None, data: Data | None = None
+) -> list[dict]:
+    """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data. Raises
+    InputError for what cannot be read, and as check_questions."""
+    data = data or Data()
     try:
-        parts = datasets.load_dataset(repository, revision=revision or None)
+        rows, data.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
     except Exception as error:
-        # The outer one may only say that there was an error.
-        reason = one_line(error.__cause__ or error)
-        remedy = "give a .json or .jsonl file, a hub dataset, or a folder of parquet files"
-        raise InputError(f"--{flag} {spec}: cannot be loaded ({reason}); {remedy}") from error
-    usual = [part for part in parts if len(parts) == 1 or (flag == "eval-data" and "test" in part)]
-    if split not in parts and (split or len(usual) != 1):
-        reason = f"has no split {split}" if split else "has several splits"
-        raise InputError(f"--{flag} {spec}: {reason}; name one, {name}:SPLIT ({', '.join(parts)})")
-    split = split or usual[0]
-    table = parts[split]
-    sounds = [
-        column for column, feature in table.features.items() if isinstance(feature, datasets.Audio)
-    ]
-    if not sounds:
-        reason = f"no column of its split {split} is audio ({', '.join(table.column_names)})"
-        raise InputError(
-            f"--{flag} {spec}: {reason}; give one with the clips in it, or a .json file beside them"
-        )
-    cells = (
-        table.select_columns(sounds[:1])
-        .cast_column(sounds[0], datasets.Audio(decode=False))
-        .flatten()
-    )
-    cells = cells.rename_columns({f"{sounds[0]}.{part}": part for part in ("bytes", "path")})
-    rows = []
-    try:
-        for row, path in zip(table.remove_columns(sounds), cells["path"], strict=True):
-            # The hub's MMAU has `instruction`, all but the answer in one text, and letters before
-            # the choices. The published JSON has none, and MMAU's rule would count the A of
-            # "(A) Man" as a word of the answer.
-            extra = row.pop("other_attributes", None) or {}
-            extra = json.loads(extra) if isinstance(extra, str) else extra
-            row = {"question": row.get("instruction")} | extra | row
-            row = {key: value for key, value in row.items() if value is not None}
-            if all(re.match(LETTER, str(choice)) for choice in row.get("choices") or [""]):
-                row["choices"] = [re.sub(LETTER, "", choice) for choice in row["choices"]]
-                row["answer"] = re.sub(LETTER, "", row.get("answer", ""))
-            if "test" in split and "test" not in str(row.get("split")):
-                row["split"] = split
-            row["audio"] = path or f"{Path(repository).name}:{split}:{len(rows)}"
-            rows.append(json.loads(json.dumps(row, default=str)))  # predictions are written as JSON
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"--{flag} {spec}: row {len(rows)} cannot be read ({one_line(error)})"
-        ) from error
-    rows = check_questions(flag, spec, rows)
-    commit = re.search(
-        r"/([0-9a-f]{40})/", " ".join(file["filename"] for file in table.cache_files)
-    )
-    version = {"split": split, "fingerprint": table._fingerprint, "revision": commit and commit[1]}
-    return rows, {row["id"]: StoredClip(cells, number) for number, row in enumerate(rows)}, version
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        kinds = "a .json, .jsonl, .csv or .parquet file, a folder, or of the hub "
+        kinds += f"NAME[:CONFIGURATION][@REVISION], and --{flag.replace('data', 'split')}"
+        raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
+    return check_questions(flag, spec, rows, data)
 
 
 def opened(clip: Path | StoredClip) -> Path | io.BytesIO:
@@ -520,1571 +1030,761 @@ def opened(clip: Path | StoredClip) -> Path | io.BytesIO:
     return Path(cell["path"] or "") if cell["bytes"] is None else io.BytesIO(cell["bytes"])
 
 
-def clip_problem(clip: Path | StoredClip) -> str | None:
-    """Why a clip cannot be used; None if its header, length and end are right."""
-    try:
-        with soundfile.SoundFile(opened(clip)) as file:
-            if file.frames < 0.1 * file.samplerate:
-                return f"{file.frames} samples: shorter than 0.1 s"
-            declared = re.search(r"^data : (\d+) \(should be \d+\)", file.extra_info, re.MULTILINE)
-            file.seek(file.frames - 1)
-            cut = declared and int(declared[1]) < 2**31 - 2**16  # above: a stream of unknown length
-            if len(file.read(1)) != 1 or cut:
-                return "truncated"
-    except (OSError, RuntimeError) as error:
-        return one_line(error)
-    return None
+def read_samples(file: soundfile.SoundFile, seconds: float) -> tuple[np.ndarray, bool]:
+    """The first `seconds` of an open file as one channel, float32 [N] at its own rate: the mean of
+    its channels; the loudest where they cancel in the mean (and whether they do)."""
+    samples = file.read(int(seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
+    wave, power = samples.mean(axis=1), np.square(samples).mean(axis=0)  # [N], [channels]
+    if np.square(wave).mean() < 0.01 * power.max():
+        return samples[:, power.argmax()], True
+    return wave, False
 
 
 def load_audio(clip: Path | StoredClip, seconds: float) -> np.ndarray:
-    """The first `seconds` of a clip: mono, 16 kHz, float32 [N]."""
+    """The first `seconds` of a clip: one channel, 16 kHz, float32 [N]."""
     with soundfile.SoundFile(opened(clip)) as file:
-        wave = file.read(int(seconds * file.samplerate) + 1, dtype="float32", always_2d=True).mean(
-            axis=1
-        )
+        wave, _ = read_samples(file, seconds)
         if file.samplerate != SAMPLE_RATE:
             wave = soxr.resample(wave, file.samplerate, SAMPLE_RATE)
     return wave[: int(seconds * SAMPLE_RATE)]
 
 
-class Question(NamedTuple):
-    """A row of the data and its clip."""
-
-    row: dict
-    clip: Path | StoredClip
+def judge_clip(clip: Path | StoredClip, seconds: float) -> tuple[str | None, bool, bool]:
+    """Why a clip cannot be used (None: it can), by its end and by the samples that the model would
+    hear; whether it is longer than those; whether its channels cancel."""
+    try:
+        with soundfile.SoundFile(opened(clip)) as file:
+            frames, rate = file.frames, file.samplerate
+            if frames < 0.1 * rate:
+                return f"{frames} samples: shorter than 0.1 s", False, False
+            declared = re.search(r"^data : (\d+) \(should be \d+\)", file.extra_info, re.MULTILINE)
+            cut = declared and int(declared[1]) < 2**31 - 2**16  # above: a stream of unknown length
+            file.seek(frames - 1)
+            if cut or len(file.read(1)) != 1:
+                return "cut: shorter than its header says", False, False
+            file.seek(0)
+            wave, cancelling = read_samples(file, seconds)
+    except Exception as error:  # each format has its own
+        return f"cannot be read ({type(error).__name__}: {error})", False, False
+    if not np.isfinite(wave).all():
+        return "samples that are no finite numbers", False, False
+    if np.abs(wave).max() < 1e-4:  # three steps of 16 bits
+        return "silent", False, False
+    return None, frames > seconds * rate, cancelling
 
 
 def find_clips(
-    flag: str, spec: str, folder: str | None, rows: list[dict], stored: dict[str, StoredClip]
-) -> tuple[list[Question], dict[str, str]]:
-    """The questions whose clips can be used, and why the others' cannot, by file, or by id where
-    the clips are stored in a dataset. Raises InputError if none can."""
-    root = Path(folder) if folder else Path(spec).parent
-    problems, questions = {}, []
+    flag: str,
+    spec: str,
+    folder: str | None,
+    rows: list[dict],
+    data: Data | None = None,
+    seconds: float = 30.0,
+) -> list[Question]:
+    """The questions whose clips can be used; the others go to `data.skipped`. Raises InputError
+    where none can."""
+    data, root, clips = data or Data(), Path(folder or Path(spec).parent), []
     for row in rows:
-        if stored:
-            name, clip = f"{spec}: {row['id']}", stored[row["id"]]
-            problem = clip_problem(clip)
-        else:
-            clip = next(
-                (p for p in (root / row["audio"], root / Path(row["audio"]).name) if p.is_file()),
-                root / row["audio"],
-            )
-            name, problem = str(clip), clip_problem(clip) if clip.is_file() else "not found"
+        audio = row["audio"]
+        stored = isinstance(audio, StoredClip)
+        places = [audio] if stored else [root / audio, root / Path(audio).name]
+        clips.append(next((place for place in places if stored or place.is_file()), None))
+    different = [clip for clip in dict.fromkeys(clips) if clip is not None]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        judged = pool.map(partial(judge_clip, seconds=seconds), different)
+        few = len(different) < 64
+        bar = tqdm(judged, "listen", total=len(different), leave=False, disable=few)
+        verdicts = dict(zip(different, bar, strict=True)) | {None: ("not found", False, False)}
+    questions = []
+    for row, clip in zip(rows, clips, strict=True):
+        problem = verdicts[clip][0]
         if problem:
-            problems[name] = problem
+            entry = {"flag": f"--{flag}", "id": row["id"], "clip": str(clip or root / row["audio"])}
+            data.skipped.append(entry | {"reason": problem})
         else:
             questions.append(Question(row, clip))
     if not questions:
-        name, problem = next(iter(problems.items()))
-        raise InputError(
-            f"--{flag} {spec}: none of its {len(problems)} clips can be used ({name}: {problem})"
-        )
-    return questions, problems
+        what = f"none of its {len(rows)} clips can be used ({entry['clip']}: {problem})"
+        raise InputError(f"--{flag} {spec}: {what}; see --{flag.replace('data', 'audio-dir')}")
+    data.longer += sum(longer for _, longer, _ in verdicts.values())
+    data.cancelling += sum(cancelling for _, _, cancelling in verdicts.values())
+    return questions
 
 
-def load_questions(
-    args: Args,
-) -> tuple[list[Question], list[Question], list[dict], dict[str, str], dict, str]:
-    """Training and evaluation questions, all evaluation rows (with those whose clips cannot be
-    used), the clips that were skipped and why, what identifies the version of --eval-data (MMAU has
-    several), and a sentence on all that. Raises InputError, also for training on an evaluation
+def load_questions(args: Args) -> Data:
+    """Training and evaluation questions. Raises InputError, also for training on an evaluation
     split."""
-    sources = {
-        "train-data": (args.train_data, args.audio_dir),
-        "eval-data": (args.eval_data, args.eval_audio_dir),
-    }
-    rows, stored, version = {}, {}, {}
-    for flag, (spec, _) in sources.items():
-        rows[flag], stored[flag], version[flag] = [], {}, {}
-        if spec and (Path(spec).is_file() or Path(spec).suffix in (".json", ".jsonl")):
-            rows[flag] = read_questions(flag, spec)
-            version[flag] = {"sha256": hashlib.sha256(Path(spec).read_bytes()).hexdigest()}
-        elif spec:
-            rows[flag], stored[flag], version[flag] = read_dataset(flag, spec)
-    if not args.eval_only and not args.train_on_eval:
-        tests = sum("test" in str(row.get("split", "")) for row in rows["train-data"])
-        asked = {(Path(row["audio"]).name, row["question"]) for row in rows["eval-data"]}
-        common = sum(
-            (Path(row["audio"]).name, row["question"]) in asked for row in rows["train-data"]
-        )
-        if tests or common:
-            what = (
-                f"{tests} rows of a test split"
-                if tests
-                else f"{common} questions that are in --eval-data too"
-            )
-            raise InputError(
-                f"--train-data {args.train_data}: has {what}; if that is meant, add --train-on-eval"
-            )
+    data, train = Data(), []
+    place = eval_place = ("train-data", args.train_data, args.audio_dir)
+    if not args.eval_only:
+        train = read_questions("train-data", args.train_data, args.train_split, data)
+    if args.eval_data:
+        eval_place = ("eval-data", args.eval_data, args.eval_audio_dir)
+        data.asked = read_questions("eval-data", args.eval_data, args.eval_split, data)
+    seen = {(Path(str(row["audio"])).name, row["question"]) for row in data.asked}
+    splits = [f"{row.get('split')} {row.get('dataset_split')}" for row in train]
+    tests = sum("test" in split for split in splits)
+    common = sum((Path(str(row["audio"])).name, row["question"]) in seen for row in train)
+    if (tests or common) and not args.train_on_eval:
+        what = f"{tests} rows of a test split, {common} questions that are in --eval-data too"
+        raise InputError(f"--train-data has {what}; if that is meant, add --train-on-eval")
     if not args.eval_data:
-        rows["eval-data"] = rows["train-data"][::10]
-        rows["train-data"] = [row for i, row in enumerate(rows["train-data"]) if i % 10]
-        sources["eval-data"], stored["eval-data"] = sources["train-data"], stored["train-data"]
-    rows["eval-data"] = rows["eval-data"][: args.eval_max]
-    unknown = [row["task"] for row in rows["eval-data"] if row.get("task", TASKS[0]) not in TASKS]
-    if unknown:
-        source = (
-            f"--eval-data {args.eval_data}" if args.eval_data else f"--train-data {args.train_data}"
-        )
-        raise InputError(f"{source}: the task {unknown[0]!r} is none of {', '.join(TASKS)}")
-    found, skipped = {}, {}
-    for flag, (spec, folder) in sources.items():
-        found[flag], problems = (
-            find_clips(flag, spec, folder, rows[flag], stored[flag]) if rows[flag] else ([], {})
-        )
-        skipped |= problems
-    if not args.eval_only and not found["train-data"]:
-        raise InputError(
-            f"--train-data {args.train_data}: one question cannot be split; give --eval-data"
-        )
-    note = (
-        f"{len(found['train-data'])} training questions, {len(found['eval-data'])} for evaluation"
-    )
+        data.asked, train = train[::10], [row for i, row in enumerate(train) if i % 10]
+        if not train:
+            raise InputError("--train-data: one question cannot be split; give --eval-data")
+    data.asked = data.asked[: args.eval_max]
+    data.train = find_clips(*place, train, data, args.max_audio_seconds) if train else []
+    data.heldout = find_clips(*eval_place, data.asked, data, args.max_audio_seconds)
+    return data
+
+
+def describe(data: Data, args: Args) -> str:
+    """What the questions are, what is not used, how the clips are heard, and an iteration."""
+    note = f"{len(data.train)} training questions, {len(data.heldout)} for evaluation"
     note += "" if args.eval_data else " (every tenth)"
-    note += f"; {len(skipped)} clips cannot be used: skipped.json" if skipped else ""
-    version = {f"eval_data_{name}": value for name, value in version["eval-data"].items()}
-    return found["train-data"], found["eval-data"], rows["eval-data"], skipped, version, note
+    note += f"; {data.longer} clips are cut to {args.max_audio_seconds:g} s"
+    if data.cancelling:
+        note += f"; channels of {data.cancelling} clips cancel: their loudest one is heard"
+    if data.skipped:
+        clips = sum("clip" in entry for entry in data.skipped)
+        rows = len(data.skipped) - clips
+        note += f"; {rows} rows and {clips} clips cannot be used: skipped.json"
+    if args.group_size < 4:
+        note += "\nwarning: --group-size: the mean of so few completions is a noisy baseline"
+    note += f"\neach iteration {args.prompts_per_update} questions x {args.group_size} completions"
+    note += f" of at most {args.max_completion_length} tokens, {args.updates_per_rollout} updates"
+    return note
 
 
-def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget: int) -> str:
-    """The text of a question for the model, with one place for the clip; the same in training and
-    evaluation."""
+def question_text(row: dict, think_budget: int) -> str:
+    """What the model is asked about a clip; the same in training and evaluation."""
     text = f"{row['question']} Choose one of the following options: {', '.join(row['choices'])}.\n"
     if think_budget:
         text += f"Think first, in fewer than {think_budget} words, inside <think> </think>. "
-    text += "Give the option you choose inside <answer> </answer>."
-    content = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": text}]
+    return text + "Give the option you choose inside <answer> </answer>."
+
+
+def build_prompt(processor: transformers.ProcessorMixin, row: dict, think_budget: int) -> str:
+    """The text of a question for the model, by its chat template, with one place for the clip."""
+    content = [{"type": "audio", "audio": "clip"}]
+    content.append({"type": "text", "text": question_text(row, think_budget)})
     options = {"add_generation_prompt": True, "tokenize": False}
     return processor.apply_chat_template([{"role": "user", "content": content}], **options)
 
 
-def draw_prompts(count: int, per_update: int, iteration: int, seed: int) -> list[int]:
-    """Rows of the `per_update` prompts of an iteration: one pass after the other over all `count`,
-    shuffled anew."""
-    rows = []
-    for position in range(iteration * per_update, (iteration + 1) * per_update):
-        shuffled = np.random.default_rng([seed, position // count]).permutation(count)
-        rows.append(int(shuffled[position % count]))
-    return rows
+# --------------------------------------------------------------------------- models and reference
+def find_model(flag: str, spec: str) -> tuple[str, str | None]:
+    """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
+    found before gigabytes are fetched. A folder has no commit. Raises InputError."""
+    name, _, revision = spec.partition("@")
+    if Path(spec).is_dir():
+        return spec, None
+    try:
+        path = hf_hub_download(name, "config.json", revision=revision or None)
+    except Exception as error:
+        remedy = f"give a folder, or accept the licence at https://huggingface.co/{name} and log in"
+        reason = f"no config.json ({type(error).__name__}: {error})"
+        raise InputError(f"{flag} {spec}: {reason}; {remedy}") from error
+    return name, Path(path).parent.name
 
 
-# ------------------------------------------------------------------------------- shared-prompt rows
+def model_class(name: str, revision: str | None) -> type:
+    """The class of transformers that the model is of. Raises InputError for another."""
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration
+    kinds = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "qwen2_5_omni": thinker}
+    kinds["qwen2_5_omni_thinker"] = thinker
+    if (Path(name) / "adapter_config.json").is_file():
+        remedy = "give its base model as --model-id and this folder as --adapter"
+        raise InputError(f"--model-id {name}: is a LoRA, not a model; {remedy}")
+    kind = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).model_type
+    if kind not in kinds:
+        raise InputError(f"--model-id {name}: a {kind}; must be Qwen2.5-Omni or Qwen2-Audio")
+    return kinds[kind]
 
 
-@dataclasses.dataclass
-class SharedPrompt:
-    """What attention must know of rows [prompt | completion 1 | ... | completion G], each part
-    right-padded. transformers hands it through to every layer."""
-
-    prompt_length: int
-    """P, tokens of the longest prompt of the batch"""
-    group: int
-    """G, completions per row"""
-    padding: Tensor | None
-    """[B,P], True where a prompt is padding; None where there is none"""
-    mask: Tensor | None = None
-    """training: [B*G or 1, 1, C, P+C], True where a completion's token (C) sees its prompt and
-    itself (P+C)"""
-    cache: dict[int, list[Tensor]] | None = None
-    """rollout: by layer, keys and values of the prompts [B,k,P,d] and of the completions
-    [B,k,G,T,d]"""
-    room: int = 0
-    """rollout: T, most tokens of a completion"""
-    steps: int = 0
-    """rollout: completion tokens in the cache, with the newest"""
-
-    def select(self, groups: Tensor, slots: Tensor) -> None:
-        """Keep only these groups [B'] and of each only these completions [B',G']."""
-        self.group, groups_of = slots.shape[1], groups[:, None]
-        self.padding = None if self.padding is None else self.padding[groups]
-        for layer, (keys, values, own_keys, own_values) in self.cache.items():
-            own = [
-                t.transpose(1, 2)[groups_of, slots].transpose(1, 2).contiguous()
-                for t in (own_keys, own_values)
-            ]
-            self.cache[layer] = [keys[groups], values[groups], *own]
+def load_verified(kind, flag: str, source: tuple[str, str | None], **options) -> nn.Module:
+    """kind.from_pretrained, and of a LoRA's folder its base model with it. Raises InputError where
+    the library reports weights that are not in the files: they would be random."""
+    name, revision = source
+    lora = (Path(name) / "adapter_config.json").is_file()
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path if lora else name
+    options |= {"revision": revision, "output_loading_info": True, "trust_remote_code": False}
+    try:
+        model, report = kind.from_pretrained(base, **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise InputError(f"{flag} {name}: cannot be loaded ({reason})") from error
+    model, brought = load_adapter(model, flag, name) if lora else (model, ())
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    missing = [key for key in missing if not key.startswith(tuple(brought))]  # the LoRA's own head
+    if missing:
+        lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
+        raise InputError(f"{flag} {name}: {lost}")
+    return model
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    """Attention of query [B,h,S,d] on key, value [B,k,S',d] (h a multiple of k) -> [B,h,S,d]; no
-    mask: causal."""
-    # There torch's fast kernels take a mask, or grouped heads, but not both.
-    if query.is_cuda and mask is not None:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    options = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, **options
-    )
-
-
-def shared_prompt_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    shared: SharedPrompt,
-    scaling: float | None = None,
-    **options,
-) -> tuple[Tensor, None]:
-    """Attention inside shared-prompt rows, called by transformers: query [B,h,S,d], key, value
-    [B,k,S,d] -> [B,S,h,d].
-
-    Equal to attention on G separate sequences prompt + completion, without computing the prompt G
-    times (ours). The rows are a rollout's prompts (S = P), a rollout's newest tokens (S = G), or
-    all of it, in training (S = P + G C)."""
-    length, group = shared.prompt_length, shared.group
-    if shared.cache is not None and shared.steps == 0:
-        room = (*key.shape[:2], group, shared.room, key.shape[3])
-        key, value = key.to(value.dtype).contiguous(), value.contiguous()
-        shared.cache[module.layer_idx] = [key, value, value.new_empty(room), value.new_empty(room)]
-        return attend(query, key, value, None, scaling).transpose(1, 2), None
-
-    if shared.cache is not None:
-        # One new token for each completion. The group's queries read the prompt's keys together,
-        # each reads its own.
-        prompt_key, prompt_value, own_key, own_value = shared.cache[module.layer_idx]
-        steps, (rows, heads, _, size) = shared.steps, query.shape
-        own_key[:, :, :, steps - 1], own_value[:, :, :, steps - 1] = key, value
-        scaling = size**-0.5 if scaling is None else scaling
-        query = query.view(rows, key.shape[1], -1, group, size).transpose(2, 3)  # [B,k,G,h/k,d]
-        together = query.flatten(2, 3) @ prompt_key.mT * scaling  # [B,k,G*h/k,P]
-        if shared.padding is not None:
-            together = together.masked_fill(shared.padding[:, None, None], -math.inf)
-        alone = query @ own_key[:, :, :, :steps].mT * scaling  # [B,k,G,h/k,t]
-        logits = torch.cat([together.view(*alone.shape[:-1], length), alone], dim=-1)
-        weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
-        out = (weights[..., :length].flatten(2, 3) @ prompt_value).view_as(query)
-        out = out + weights[..., length:] @ own_value[:, :, :, :steps]
-        return out.permute(0, 2, 1, 3, 4).reshape(rows, group, heads, size), None
-
-    # Two blocks: the prompt on itself, and each completion on the prompt and itself.
-    def completions(x: Tensor) -> Tensor:  # [B,h,P+G*C,d] -> [B*G,h,C,d]
-        return x[:, :, length:].unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
-
-    def prompt_and_completion(x: Tensor) -> Tensor:  # -> [B*G,h,P+C,d]
-        prompt = x[:, None, :, :length].expand(-1, group, -1, -1, -1).flatten(0, 1)
-        return torch.cat([prompt, completions(x)], dim=2)
-
-    prompt = attend(query[:, :, :length], key[:, :, :length], value[:, :, :length], None, scaling)
-    keys, values = prompt_and_completion(key), prompt_and_completion(value)
-    own = attend(completions(query), keys, values, shared.mask, scaling)
-    own = own.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3)  # [B,h,G*C,d]
-    return torch.cat([prompt, own], dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("shared_prompt", shared_prompt_attention)
-
-
-def pad(prompts: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as embeddings [L,D] -> [B,P,D], right-padded, and lengths [B]."""
-    embeds = pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
-    return embeds, torch.tensor([len(prompt) for prompt in prompts], device=device)
-
-
-def padding_of(lengths: Tensor, longest: int) -> Tensor | None:
-    """True where a position [B,longest] is padding; None where none is."""
-    padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]
-    return padding if padding.any() else None
-
-
-def pack(prompts: list[Tensor], completions: Tensor) -> tuple[Tensor, Tensor, Tensor, SharedPrompt]:
-    """Shared-prompt rows of the training pass: prompts of B rows as embeddings, completions [B,G,C]
-    (right-padded) -> prompts [B,P,D], positions [B,P+G*C], the places [B,G*C] whose outputs predict
-    the completions' tokens, layout."""
-    (rows, group, size), device = completions.shape, completions.device
-    embeds, lengths = pad(prompts, device)
-    longest = embeds.shape[1]
-    token = torch.arange(size, device=device)
-    after = (lengths[:, None] + token).repeat(1, group)  # positions of the completions
-    positions = torch.cat([torch.arange(longest, device=device).expand(rows, -1), after], dim=1)
-    places = (longest + torch.arange(group * size, device=device) - 1).repeat(rows, 1)
-    # The first token of each is predicted by the prompt's last.
-    places[:, ::size] = lengths[:, None] - 1
-    padding = padding_of(lengths, longest)
-    own = (token[:, None] >= token).expand(1 if padding is None else rows, size, size)
-    seen = torch.ones(1, longest, dtype=torch.bool, device=device) if padding is None else ~padding
-    mask = torch.cat([seen[:, None].expand(-1, size, -1), own], dim=2)  # [1 or B,C,P+C]
-    if padding is not None:
-        mask = mask.repeat_interleave(group, dim=0)
-    return embeds, positions, places, SharedPrompt(longest, group, padding, mask[:, None])
-
-
-def token_log_probabilities(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """log pi(target) and the entropy of pi in nats (without gradient): hidden [N,D], targets [N] ->
-    two float32 [N]."""
-    logits = head(hidden).float() / temperature
-    normaliser = logits.logsumexp(-1)
-    with torch.no_grad():
-        entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser, entropy
+def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, list[str]]:
+    """The model with a trainable LoRA from a folder, and which whole modules came with it. Raises
+    InputError where it does not fit exactly."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = get_peft_model(model, config)
+    weights = load_peft_weights(folder, device="cpu")
+    found = {name: part.shape for name, part in weights.items()}
+    expected = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
+    if wrong := sorted(expected.items() ^ found.items()):
+        raise InputError(f"{flag} {folder}: does not fit the model, such as {wrong[0]}")
+    set_peft_model_state_dict(model, weights)
+    return model, config.modules_to_save or []
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The decoder of Qwen2-Audio or of Qwen2.5-Omni's thinker, without head and PEFT's wrapping
-    (the LoRA stays in)."""
-    return (
-        model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    ).model.language_model
+    """The language model without its head, below a LoRA too."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.model.language_model
 
 
-class Policy(nn.Module):
-    """The language model reading shared-prompt rows. All its work passes through `forward`, which
-    accelerate wraps (autocast, DDP, FSDP). Tokens that stand for audio, images and video are not in
-    its distribution: nothing could be put in their places."""
-
-    def __init__(self, model: nn.Module, banned: list[int]):
-        super().__init__()
-        self.model = model
-        self.register_buffer("banned", torch.tensor(banned, dtype=torch.long), persistent=False)
-
-    def forward(
-        self,
-        prompts: Tensor | None = None,
-        ids: Tensor | None = None,
-        positions: Tensor | None = None,
-        shared: SharedPrompt | None = None,
-        places: Tensor | None = None,
-        targets: Tensor | None = None,
-        temperature: float = 1.0,
-        audio_inputs: dict[str, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rows of prompts [B,P,D] (or none) and tokens [B,S-P], positions [B,S], places [B,N] ->
-        the logits at these places, float32 [B,N,V]; with targets [B,N] their log-probabilities and
-        entropies, two float32 [B,N]. Of the processor's audio_inputs alone: what the language model
-        reads, [B,L,D]."""
-        if audio_inputs is not None:
-            return self.embed(audio_inputs)
-        decoder = language_model(self.model)
-        embeds = decoder.embed_tokens(ids)
-        if prompts is not None:
-            embeds = torch.cat([prompts.to(embeds.dtype), embeds], dim=1)
-        out = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, shared=shared)
-        hidden = out.last_hidden_state
-        hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B,N,D]
-        if targets is None:
-            return self.head(hidden)
-        hidden, flat = hidden.flatten(0, 1), targets.flatten()
-        size = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
-        if len(flat) <= size:
-            parts = [token_log_probabilities(self.head, hidden, flat, temperature)]
-        else:  # only one piece's logits are alive at a time; the backward pass computes them again
-            pieces = zip(hidden.split(size), flat.split(size), strict=True)
-            parts = [
-                recompute(token_log_probabilities, self.head, *p, temperature, use_reentrant=False)
-                for p in pieces
-            ]
-        return tuple(torch.cat(part).view_as(targets) for part in zip(*parts, strict=True))
-
-    def embed(self, audio_inputs: dict[str, Tensor]) -> Tensor:
-        """What stock transformers feeds the language model for the processor's output, [B,L,D]: the
-        identity stands in for the language model. (An exception would leave FSDP half-way, with
-        weights gathered.)"""
-        base = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
-        decoder = language_model(self.model)
-        decoder.forward = lambda inputs_embeds, **_: BaseModelOutputWithPast(
-            last_hidden_state=inputs_embeds
-        )
-        try:
-            return base.model(**audio_inputs).last_hidden_state
-        finally:
-            del decoder.forward
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits, float32 [...,V], of hidden states [...,D]; banned tokens are out of reach."""
-        logits = self.model.get_output_embeddings()(hidden).float()
-        return logits.index_fill(-1, self.banned, -1e9)  # finite: the entropy multiplies it by 0
+def longest_prompt(processor, data: "Data", args: Args) -> int:
+    """Tokens of the longest question with the longest clip that may come."""
+    questions = [*data.train, *data.heldout]
+    texts = [build_prompt(processor, question.row, args.think_budget) for question in questions]
+    lengths = [len(ids) for ids in processor.tokenizer(texts).input_ids]
+    silence = np.zeros(int(args.max_audio_seconds * SAMPLE_RATE), dtype=np.float32)
+    longest = texts[lengths.index(max(lengths))]
+    return encode(processor, [longest], [silence])["input_ids"].shape[1]
 
 
-def completion_log_probabilities(
-    policy: nn.Module, prompts: list[Tensor], completions: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (nats) of completions [B,G,C], two float32 [B,G,C], one row
-    for each prompt."""
-    embeds, positions, places, shared = pack(prompts, completions)
-    ids = completions.flatten(1)
-    logp, entropy = policy(embeds, ids, positions, shared, places, ids, temperature)
-    return logp.view(completions.shape), entropy.view(completions.shape)
-
-
-# ------------------------------------------------------------------------------ model and reference
-
-
-def load_model(args: Args, dtype: torch.dtype) -> tuple[nn.Module, transformers.ProcessorMixin]:
-    """Qwen2-Audio or Qwen2.5-Omni's thinker and its processor, its language model reading
-    shared-prompt rows; trained weights in float32, the others in `dtype`. Raises InputError."""
-    kinds = {
-        "qwen2_audio": Qwen2AudioForConditionalGeneration,
-        "qwen2_5_omni": Qwen2_5OmniThinkerForConditionalGeneration,
-        "qwen2_5_omni_thinker": Qwen2_5OmniThinkerForConditionalGeneration,
-    }
-    try:
-        kind = AutoConfig.from_pretrained(args.model_id).model_type
-        if kind not in kinds:
-            raise InputError(
-                f"--model-id {args.model_id}: is a {kind}; must be Qwen2.5-Omni or Qwen2-Audio"
-            )
-        model = kinds[kind].from_pretrained(args.model_id, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(args.model_id)
-    except InputError:
-        raise
-    except Exception as error:
-        remedy = (
-            "give a folder with model and processor, or log in with `hf auth login` if it is gated"
-        )
-        raise InputError(
-            f"--model-id {args.model_id}: cannot be loaded ({one_line(error)}); {remedy}"
-        ) from error
-    if args.adapter:
-        try:
-            model = peft.PeftModel.from_pretrained(model, args.adapter)
-        except Exception as error:
-            raise InputError(
-                f"--adapter {args.adapter}: cannot be loaded ({one_line(error)})"
-            ) from error
+def load_policy(args: Args, source: tuple, processor, longest: int, device, bf16: bool) -> Policy:
+    """Model, sampler and reference on the device, for prompts of at most `longest` tokens. Trained
+    are a LoRA of the language model, or (in float32) all of its layers and its head. Raises
+    InputError."""
+    lora = args.adapter is not None or args.lora_rank > 0
+    dtype = torch.bfloat16 if bf16 and (lora or args.eval_only) else torch.float32
+    kind = model_class(*source)
+    model = load_verified(kind, "--model-id", source, dtype=dtype).to(device)
+    stop = stop_tokens(model, processor.tokenizer)
+    # Nor can the places of sounds, images and videos be read.
+    readable = {*processor.tokenizer.get_vocab().values()} - {*placeholders(processor)} | {*stop}
+    unreadable = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    unreadable[[token for token in readable if token < len(unreadable)]] = False
+    pad = stop[0] if processor.tokenizer.pad_token_id is None else processor.tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(pad_token_id=pad)  # no penalties of the model's own
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # rollout, old policy and reference must be the same function
-    if not args.eval_only and args.lora_rank:
-        targets = (
-            r".*language_model\.layers\.\d+\..*\."
-            r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-        )
-        model = get_peft_model(
-            model, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets)
-        )
+    if args.adapter:
+        model, _ = load_adapter(model, "--adapter", args.adapter)
+    elif lora and not args.eval_only:
+        targets = rf".*language_model\.layers\.\d+\..*\.({PROJECTIONS})"
+        options = {"lora_alpha": args.lora_alpha, "target_modules": targets}
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, **options))
     elif not args.eval_only:
-        parts = [language_model(model).layers, language_model(model).norm]
-        if model.get_output_embeddings().weight is not language_model(model).embed_tokens.weight:
-            parts.append(model.get_output_embeddings())
-        for part in parts:
-            part.float().requires_grad_(True)
+        decoder, head = language_model(model), model.get_output_embeddings()
+        decoder.requires_grad_(True)
+        head.requires_grad_(True)
+        decoder.embed_tokens.requires_grad_(False)  # and with it a head that is tied to it
     if args.gradient_checkpointing:
-        language_model(model).gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        options = {"use_reentrant": False}
+        language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()  # else a LoRA behind frozen embeddings gets no gradient
-    language_model(model).set_attn_implementation("shared_prompt")
-    model.train()
-    (
-        model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    ).model.audio_tower.eval()
-    return model, processor  # checkpointing works in training mode only; there is no dropout left
+    model.eval()  # with dropout rollout, old policy and reference would be other functions
+    sampler, reference = model, None
+    if not lora and not args.eval_only:
+        reference = copy.deepcopy(model).requires_grad_(False)
+    if args.fsdp:
+        shard(model, bf16)
+        shard(reference, bf16)
+    elif bf16 and reference is not None:
+        sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)
+    warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
+    warpers += [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
+    config = model.config.get_text_config()
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    static = {} if plain and not args.fsdp else None
+    full = device.type == "cuda" and static is not None
+    lengths = longest, args.max_completion_length
+    tokens = stop, unreadable.to(device), pad, args.temperature, warpers
+    return Policy(model, sampler, reference, *tokens, static, full, lengths)
 
 
-@torch.no_grad()
-def embed_question(
-    policy: nn.Module,
-    processor: transformers.ProcessorMixin,
-    text: str,
-    wave: np.ndarray,
-    device: torch.device,
-) -> Tensor:
-    """What stock transformers feeds the language model for a question and its clip: embeddings
-    [L,D], the audio tower's output in the places of the audio tokens. Raises InputError where the
-    processor makes nothing of the clip."""
-    options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
-    if isinstance(processor, Qwen2_5OmniProcessor):
-        # It would compute the spectrogram of 300 s of padding too, for nothing: the model drops it.
-        # With some silence behind the clip the rest is the same to the bit.
-        extractor = processor.feature_extractor
-        room = ((len(wave) + extractor.n_fft) // extractor.hop_length + 1) * extractor.hop_length
-        options["audio_kwargs"] = {"max_length": min(room, extractor.n_samples)}
+def shard(network: nn.Module, bf16: bool) -> None:
+    """Split a network over the processes (FSDP2), layer by layer, from the inside out."""
+    options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
+    options = {"mp_policy": MixedPrecisionPolicy(**options), "reshard_after_forward": True}
+    for part in reversed([*network.modules()]):
+        if type(part).__name__ in (network._no_split_modules or ()):
+            fully_shard(part, **options)
+    fully_shard(network, **options)
+
+
+def renew_sampler(policy: Policy) -> None:
+    """Copy the trained weights into the sampler, where it is a copy."""
+    if policy.sampler is not policy.model:
+        pairs = zip(policy.sampler.parameters(), policy.model.parameters(), strict=True)
+        with torch.no_grad():
+            for copied, trained in pairs:
+                copied.copy_(trained)
+
+
+def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
+    """Ids that end a completion: those of the generation config, the tokenizer's, and the token
+    that ends the assistant's turn in the chat template. Raises InputError where there is none."""
+    ids = model.generation_config.eos_token_id
+    ids = {*ids} if isinstance(ids, list) else {ids}
+    ids.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a-turn"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("a-turn")[2]
+        after = tokenizer(text, add_special_tokens=False).input_ids[:1]
+        ids |= {*after} & {*tokenizer.all_special_ids}
+    if not ids - {None}:
+        raise InputError("--model-id: no end-of-sequence token in tokenizer or generation config")
+    return sorted(ids - {None})
+
+
+def placeholders(processor) -> list[int]:
+    """Ids that stand for sounds, images and videos."""
+    kinds = ("audio", "image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
+    tokens = {getattr(processor, f"{kind}_token", None) for kind in kinds}
+    vocabulary = processor.tokenizer.get_vocab()
+    return sorted(vocabulary[token] for token in tokens & {*vocabulary})
+
+
+# --------------------------------------------------------------------------------------- run files
+def create_run(args: Args, sources: dict, prompts_sha256: str) -> Path:
+    """Create the run's folder with args.json in it. Raises InputError where it cannot."""
+    name = f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.output_dir) / (args.run_name or name)
+    git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
+    failed, commit = subprocess.getstatusoutput(git)
+    record = {"script": SCRIPT, "args": dataclasses.asdict(args), "command": sys.argv}
+    libraries = (torch, transformers, peft, accelerate)
+    versions = {"python": sys.version} | {lib.__name__: lib.__version__ for lib in libraries}
+    record |= {"git_commit": None if failed else commit, "versions": versions}
+    record |= {"sources": sources, "prompts_sha256": prompts_sha256}
     try:
-        # The spectrogram is float32 whatever the model is.
-        with torch.autocast("cpu", enabled=False):
-            inputs = processor(text=text, audio=[wave], **options).to(device)
-    except ValueError as error:
-        raise InputError(
-            f"--model-id: its processor returns no audio features ({one_line(error)})"
-        ) from error
-    token = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
-    if "input_features" not in inputs or not (inputs["input_ids"] == token).any():
-        raise InputError(
-            "--model-id: its processor returns no audio features; the model would hear nothing"
-        )
-    return policy(audio_inputs=dict(inputs))[0]
-
-
-@contextlib.contextmanager
-def reference_policy(policy: Policy, frozen: nn.Module | None) -> Iterator[nn.Module]:
-    """The reference: the same network with its LoRA switched off, or the frozen copy when all
-    weights are trained."""
-    with (
-        contextlib.nullcontext() if frozen is not None else policy.model.disable_adapter(),
-        torch.no_grad(),
-    ):
-        yield policy if frozen is None else frozen
-
-
-def special_tokens(
-    model: nn.Module, processor: transformers.ProcessorMixin
-) -> tuple[list[int], list[int]]:
-    """Ids that end a completion (generation config's and tokenizer's), and ids that stand for
-    audio, images, video."""
-    tokenizer, ends = processor.tokenizer, getattr(model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    stop = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
-    names = ("audio", "image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
-    tokens = [getattr(processor, f"{name}_token", None) for name in names]
-    ids = {
-        tokenizer.convert_tokens_to_ids(token) for token in tokens if token in tokenizer.get_vocab()
-    }
-    return stop, sorted(ids - set(stop))
-
-
-# ------------------------------------------------------------------------------------------ rollout
-
-
-def choose_tokens(probabilities: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
-    """One token for each distribution, by its inverse cumulative function at a given uniform
-    number: probabilities [..., V], uniforms [...] -> [...]. Given numbers, not a generator's state:
-    the result does not depend on how the batch is cut, or on the number of processes."""
-    order = None
-    if top_p < 1 or top_k > 0:  # first top-k, then top-p of what is left, as transformers does
-        probabilities, order = probabilities.sort(-1, descending=True)
-        if top_k > 0:
-            probabilities[..., top_k:] = 0
-            probabilities /= probabilities.sum(-1, keepdim=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < top_p)
-    cumulative = probabilities.cumsum(-1)
-    tokens = torch.searchsorted(cumulative, uniforms[..., None] * cumulative[..., -1:], right=True)
-    tokens = tokens.clamp(max=probabilities.shape[-1] - 1)
-    return (tokens if order is None else order.gather(-1, tokens)).squeeze(-1)
-
-
-@torch.no_grad()
-def rollout(
-    policy: nn.Module,
-    prompts: list[Tensor],
-    uniforms: Tensor,
-    stop: list[int],
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    everyone_done: Callable[[bool], bool] = bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """G completions for each of B prompts, from uniforms [B,G,T] (T: most tokens): ids [B,G,C],
-    mask [B,G,C] (1 up to and with the stop token) and log-probabilities [B,G,C], at this
-    temperature, before top-p and top-k.
-
-    The prompts are read once. Finished completions leave the batch, when there are enough of them
-    to pay for moving the others. `everyone_done` makes processes that must stay in step go on until
-    the last is done."""
-    (rows, group, longest), device, stop = (
-        uniforms.shape,
-        uniforms.device,
-        torch.tensor(stop, device=uniforms.device),
-    )
-    embeds, lengths = pad(prompts, device)
-    shared = SharedPrompt(
-        embeds.shape[1], group, padding_of(lengths, embeds.shape[1]), cache={}, room=longest
-    )
-    positions = torch.arange(embeds.shape[1], device=device).expand(rows, -1)
-    nothing = torch.zeros(rows, 0, dtype=torch.long, device=device)
-    logits = policy(embeds, nothing, positions, shared, lengths[:, None] - 1).expand(-1, group, -1)
-    tokens = torch.zeros(rows, group, longest, dtype=torch.long, device=device)
-    logp = torch.zeros(rows, group, longest, device=device)
-    length = torch.full((rows, group), longest, device=device)
-    done = torch.zeros(rows, group, dtype=torch.bool, device=device)
-    # Which rows and completions are in the batch: [B'], [B',G'].
-    groups = torch.arange(rows, device=device)
-    slots = torch.arange(group, device=device).expand(rows, -1)
-    for step in range(longest):
-        at = groups[:, None], slots
-        probabilities = (logits / (temperature or 1)).softmax(-1)
-        if temperature == 0:
-            token = probabilities.argmax(-1)
-        else:
-            token = choose_tokens(probabilities, uniforms[..., step][at], top_p, top_k)
-        chosen = probabilities.gather(-1, token[..., None]).squeeze(-1).log()
-        tokens[..., step][at] = token.masked_fill(done[at], 0)
-        logp[..., step][at] = chosen.masked_fill(done[at], 0)
-        ended = torch.isin(token, stop) & ~done[at]
-        length[at] = torch.where(ended, step + 1, length[at])
-        done[at] = done[at] | ended
-        if step + 1 == longest or everyone_done(bool(done.all())):
-            break
-        left = int((~done).sum(1).max())  # completions still wanted, of the group that wants most
-        still = (~done[groups]).any(1)
-        if left and int(still.sum()) * left <= 0.75 * slots.numel():
-            kept = done[at].long().argsort(dim=1, stable=True)[still, :left]  # unfinished first
-            shared.select(still.nonzero().flatten(), kept)
-            token, groups, slots = (
-                token[still].gather(1, kept),
-                groups[still],
-                slots[still].gather(1, kept),
-            )
-        shared.steps = step + 1
-        positions = (lengths[groups] + step)[:, None].expand_as(slots)
-        logits = policy(
-            None,
-            token,
-            positions,
-            shared,
-            torch.arange(slots.shape[1], device=device).expand_as(slots),
-        )
-    size = int(length.max())
-    mask = torch.arange(size, device=device) < length[..., None]
-    return tokens[..., :size], mask, logp[..., :size]
-
-
-def seed_everything(*numbers: int) -> torch.Generator:
-    """Seed every global random state (a plug-in may draw from one) and return a CPU generator, all
-    from `numbers`. Each iteration has a stream of its own, the same in every process, so a resumed
-    run needs no stored random state."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-# --------------------------------------------------------------------------------------------- loss
-
-
-def group_advantage(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """A = (R - mean) / (std + eps) over the group of a prompt (GRPO): rewards [P,G] -> [P,G],
-    detached."""
-    mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
-    return ((rewards - mean) / (std + eps)).detach()
-
-
-def adaptive_beta(advantage: Tensor, beta0: float, clip_k: float | None = 1.0) -> Tensor:
-    """ADRPO's KL coefficient beta0 - clip(A, +-k beta0) (eq. 7): advantage [B] -> [B], detached;
-    clip_k None: no clip. With k <= 1 it is never negative."""
-    if clip_k is not None:
-        advantage = advantage.clamp(-clip_k * beta0, clip_k * beta0)
-    return (beta0 - advantage).detach()
-
-
-def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(pi || ref) of each token, estimated at the sampled one: exp(d) - d - 1 with
-    d = ref_logp - logp (k3 of Schulman 2020), never negative. [B,T], [B,T] -> [B,T]. d is limited
-    to 20 in the exponential: it would overflow."""
-    difference = ref_logp - logp
-    return difference.clamp(max=20).exp() - difference - 1
-
-
-def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor,
-    advantage: Tensor,
-    coefficient: Tensor,
-    mask: Tensor,
-    clip_eps: float,
-) -> Tensor:
-    """Mean over completions of the mean over their tokens of
-    -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL (GRPO, eq. 3; ADRPO, eq. 7). logp,
-    old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
-    ratio = (logp - old_logp).clamp(-20, 20).exp()
-    advantage, coefficient = advantage[:, None], coefficient[:, None]
-    policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
-    per_token = policy + coefficient * kl_k3(logp, ref_logp)
-    return ((per_token * mask).sum(1) / mask.sum(1)).mean()
-
-
-def micro_batches(
-    rows: int, group: int, prompt: int, completion: int, budget: int
-) -> list[tuple[slice, slice]]:
-    """Cuts of `rows` groups into passes of at most `budget` tokens (at least one completion):
-    (rows, completions) of each. prompt, completion: tokens of the longest. Whole groups where they
-    fit, else one prompt with some of its completions."""
-    together = budget // (prompt + group * completion)
-    if together:
-        return [(slice(i, i + together), slice(0, group)) for i in range(0, rows, together)]
-    part = max(1, (budget - prompt) // completion)
-    return [
-        (slice(i, i + 1), slice(j, j + part)) for i in range(rows) for j in range(0, group, part)
-    ]
-
-
-# ----------------------------------------------------------------------------------------- evaluate
-
-
-def my_share(count: int, rank: int, processes: int) -> list[int]:
-    """Positions 0..count-1 that this process works on; all processes get equally many, the last
-    ones some again, so that the gathered parts, cut to `count`, are in order."""
-    size = math.ceil(count / processes)
-    return [position % count for position in range(rank * size, (rank + 1) * size)]
-
-
-def flatten(
-    tokens: Tensor, mask: Tensor, decode: Callable
-) -> tuple[list[str], list[int], list[list[int]]]:
-    """Completions [B,G,C] one after the other: texts, lengths in tokens, token ids, each B*G
-    long."""
-    ids = [
-        one[kept].tolist()
-        for one, kept in zip(tokens.flatten(0, 1), mask.flatten(0, 1), strict=True)
-    ]
-    return [decode(one) for one in ids], [len(one) for one in ids], ids
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927); nan for none."""
-    if not count:
-        return math.nan, math.nan
-    share, spread = right / count, z**2 / count
-    middle, half = (
-        share + spread / 2,
-        z * math.sqrt(share * (1 - share) / count + spread / (4 * count)),
-    )
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-
-
-def mmau_scores(rows: list[dict], predictions: dict[str, str]) -> dict[str, dict[str, dict]]:
-    """Accuracy in percent with its interval, by MMAU's rule: total, per task, difficulty and
-    sub-category. rows: all that were asked for; a row whose id has no prediction is wrong."""
-    right = {
-        row["id"]: mmau_match(row["answer"], predictions.get(row["id"], ""), row["choices"])
-        for row in rows
-    }
-    scores = {}
-    for key in ("total", "task", "difficulty", "sub-category"):
-        groups = {}
-        for row in rows:
-            groups.setdefault("total" if key == "total" else row.get(key), []).append(
-                right[row["id"]]
-            )
-        scores[key] = {}
-        for name, found in groups.items():
-            low, high = wilson(sum(found), len(found))
-            figures = {
-                "accuracy": 100 * sum(found) / len(found),
-                "low": 100 * low,
-                "high": 100 * high,
-            }
-            if name is not None:
-                scores[key][name] = figures | {"right": sum(found), "count": len(found)}
-    return scores
-
-
-@torch.no_grad()
-def evaluate(
-    answer: Callable[[list[Question], int], tuple[list[str], list[int]]],
-    questions: list[Question],
-    rows: list[dict],
-    think_budget: int,
-    longest: int,
-    reasoning_tokens: Callable[[str], int],
-    accelerator: accelerate.Accelerator,
-    batch: int,
-) -> tuple[dict[str, float], dict, list[dict]]:
-    """Every figure of a policy on the evaluation questions; MMAU's scores; the rows with the
-    model's words.
-
-    `answer` gives texts and token counts for some questions under a think budget; `rows` are all
-    that were asked for, with those whose clips cannot be used; `batch` questions at once."""
-    mine = my_share(len(questions), accelerator.process_index, accelerator.num_processes)
-    records = []
-    for start in tqdm(
-        range(0, len(mine), batch), "evaluate", leave=False, disable=not accelerator.is_main_process
-    ):
-        part = [questions[i] for i in mine[start : start + batch]]
-        texts, tokens = answer(part, think_budget)
-        values = score(
-            texts, tokens, [question.row for question in part], think_budget > 0, longest
-        ).tolist()
-        for question, text, count, rewards in zip(part, texts, tokens, values, strict=True):
-            record = {"id": question.row["id"], "completion": text, "tokens": count}
-            record["reasoning_tokens"] = reasoning_tokens(block(text, "think"))
-            records.append(record | dict(zip(REWARDS, rewards, strict=True)))
-    records = gather_object(records)[: len(questions)]
-    found = {record["id"]: record for record in records}
-    answers = {name: block(record["completion"], "answer") for name, record in found.items()}
-    scores = mmau_scores(rows, answers)
-    figures = {"accuracy": scores["total"]["total"]["accuracy"]}
-    figures |= {
-        f"accuracy_{task}": scores["task"][task]["accuracy"]
-        for task in TASKS
-        if task in scores["task"]
-    }
-    for name in (*REWARDS[1:], "tokens", "reasoning_tokens"):
-        figures[name] = sum(record[name] for record in records) / len(records)
-    # The official script reads `model_output`, its README says `model_prediction`; a row without
-    # would not be counted.
-    said = [
-        {
-            "model_output": answers.get(row["id"], ""),
-            "completion": found.get(row["id"], {}).get("completion"),
-        }
-        for row in rows
-    ]
-    said = [
-        row | text | {"model_prediction": text["model_output"]}
-        for row, text in zip(rows, said, strict=True)
-    ]
-    return figures, scores, said
-
-
-def score_table(scores: dict) -> str:
-    """MMAU's scores as a Markdown table."""
-    lines = ["| | accuracy | 95 % interval | right | of |", "|---|---|---|---|---|"]
-    for key, groups in scores.items():
-        for name, s in sorted(groups.items()):
-            label = name if key == "total" else f"{key}: {name}"
-            lines.append(
-                f"| {label} | {s['accuracy']:.2f} | {s['low']:.1f} to {s['high']:.1f} | "
-                f"{s['right']} | {s['count']} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def scaling(points: list[dict]) -> dict[str, float]:
-    """Test-time scaling of points {budget, tokens, accuracy}: slopes in points of accuracy per
-    reasoning token, with the intercept pinned at the direct answer's accuracy (CESAR's fit) and by
-    ordinary least squares; the sweet spot."""
-    x, y = (
-        np.array([point[name] for point in points], dtype=float) for name in ("tokens", "accuracy")
-    )
-    best = points[int(y.argmax())]
-    result = {
-        "sweet_spot_tokens": best["tokens"],
-        "sweet_spot_accuracy": best["accuracy"],
-        "slope_pinned": math.nan,
-    }
-    direct = [point["accuracy"] for point in points if point["budget"] == 0]
-    if direct and (x**2).sum() > 0:
-        result["slope_pinned"] = float((x * (y - direct[0])).sum() / (x**2).sum())
-    result["slope"] = float(np.polyfit(x, y, 1)[0]) if np.ptp(x) > 0 else math.nan
-    return result
-
-
-def draw_scaling(points: list[dict], fit: dict, path: Path) -> None:
-    """Accuracy with its interval against the mean number of reasoning tokens used, budgets as
-    labels."""
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    x, y = [point["tokens"] for point in points], [point["accuracy"] for point in points]
-    errors = [
-        [p["accuracy"] - p["low"] for p in points],
-        [p["high"] - p["accuracy"] for p in points],
-    ]
-    axis.errorbar(x, y, errors, fmt="o", capsize=3)
-    for point in points:
-        axis.annotate(f" {point['budget']}", (point["tokens"], point["accuracy"]), fontsize=8)
-    axis.plot(
-        fit["sweet_spot_tokens"],
-        fit["sweet_spot_accuracy"],
-        "*",
-        ms=14,
-        color="tab:red",
-        label="sweet spot",
-    )
-    slopes = f"slope {fit['slope']:.3f}, pinned at the direct answer {fit['slope_pinned']:.3f}"
-    axis.set(
-        xlabel="reasoning tokens used (labels: words allowed)", ylabel="accuracy, %", title=slopes
-    )
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def coefficient_statistics(
-    coefficient: Tensor, advantage: Tensor, limit: float
-) -> dict[str, float]:
-    """The adrpo/* figures of one rollout. fraction_saturated: share of completions whose A is cut
-    to +-limit."""
-    return {
-        "adrpo/coefficient_mean": coefficient.mean().item(),
-        "adrpo/coefficient_min": coefficient.min().item(),
-        "adrpo/coefficient_max": coefficient.max().item(),
-        "adrpo/coefficient_fraction_negative": (coefficient < 0).float().mean().item(),
-        "adrpo/fraction_saturated": (advantage.abs() > limit).float().mean().item(),
-    }
-
-
-def to_json(value: object, **options) -> str:
-    """JSON with null for nan and infinity, which strict readers refuse."""
-
-    def finite(part: object) -> object:
-        if isinstance(part, dict):
-            return {key: finite(inner) for key, inner in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [finite(inner) for inner in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(finite(value), **options)
-
-
-def log(path: Path, writer: SummaryWriter, step: int, record: dict[str, float]) -> None:
-    """Append one JSON line to metrics.jsonl, and the same figures to TensorBoard."""
-    with path.open("a") as file:
-        file.write(to_json({"step": step, **record}) + "\n")
-    for tag, value in record.items():
-        writer.add_scalar(tag, value, step)
-
-
-def write_completions(path: Path, writer: SummaryWriter, step: int, said: list[dict]) -> None:
-    """An evaluation's rows with the model's words: all as a JSON list, the first few to
-    TensorBoard."""
-    path.write_text(to_json(said, ensure_ascii=False, indent=1), encoding="utf-8")
-    shown = [
-        f"{row['question']}\n{row['choices']} {row['answer']}\n{row['completion']}"
-        for row in said[:8]
-    ]
-    writer.add_text(
-        "completions", "".join(f"<pre>{html.escape(text)}</pre>" for text in shown), step
-    )
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Wall clock in seconds, after the device has finished what it was given."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-    return time.perf_counter()
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: of the GPU, else of this process (nan where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
-
-
-# --------------------------------------------------------------------------------------- checkpoint
-
-
-def save_checkpoint(run_dir: Path, progress: dict, parts: dict) -> None:
-    """Write `progress` and the states of `parts` into checkpoints/: temporary name, then rename;
-    keeps the newest few. Raises InputError when the folder cannot be written; the earlier
-    checkpoints stay."""
-    path = run_dir / "checkpoints" / f"{progress['iteration']:06d}.pt"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        torch.save(progress | parts, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"--output-dir: {path} cannot be written ({error}); make room, then --resume"
-        ) from error
-    for old in sorted(path.parent.glob("*.pt"))[:-KEEP_CHECKPOINTS]:
-        old.unlink()
-
-
-def load_checkpoint(run_dir: Path) -> dict:
-    """The newest checkpoint of a run, {} when it has none yet. Raises InputError for a file that
-    cannot be read."""
-    files = sorted((run_dir / "checkpoints").glob("*.pt"))
-    try:
-        return torch.load(files[-1], map_location="cpu", weights_only=True) if files else {}
-    except Exception as error:
-        remedy = "delete it to use the one before"
-        raise InputError(
-            f"--resume: {files[-1]} cannot be read ({one_line(error)}); {remedy}"
-        ) from error
-
-
-def training_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """What a checkpoint needs of the training, complete on the CPU, whether the weights are whole
-    (one process, DDP) or sharded (FSDP). Called by every process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    model, optimizer_state = get_state_dict(network, optimizer, options=options)
-    # torch leaves frozen weights out under one name only; a tied output head has two.
-    frozen = {
-        name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad
-    }
-    model = {
-        name: tensor for name, tensor in model.items() if not {name, f"module.{name}"} & frozen
-    }
-    return {"model": model, "optimizer": optimizer_state}
-
-
-def restore_training_state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
-) -> None:
-    """The opposite of training_state."""
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    states = {"model_state_dict": checkpoint["model"], "optim_state_dict": checkpoint["optimizer"]}
-    set_state_dict(network, optimizer, **states, options=options)
-
-
-def save_final(folder: Path, model: nn.Module, weights: dict[str, Tensor], model_id: str) -> str:
-    """Export what PEFT or transformers loads, and return the lines that load it. weights: the
-    trained ones of Policy(model), whole."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    kind = type(model.get_base_model() if isinstance(model, peft.PeftModel) else model).__name__
-    if isinstance(model, peft.PeftModel):
-        model.save_pretrained(folder, state_dict=weights)
-        imports = f"from peft import PeftModel\nfrom transformers import {kind}"
-        return (
-            f"{imports}\n"
-            f'model = PeftModel.from_pretrained({kind}.from_pretrained("{model_id}"), "{folder}")'
-        )
-    model.save_pretrained(folder, state_dict=dict(model.state_dict()) | weights)
-    return f'from transformers import {kind}\nmodel = {kind}.from_pretrained("{folder}")'
-
-
-# --------------------------------------------------------------------------------------------- main
-
-
-def check_args(args: Args, processes: int) -> None:
-    """Raise InputError for a flag that cannot work."""
-    positive = (
-        "lora_alpha max_audio_seconds prompts_per_update max_completion_length temperature "
-        "rollout_batch"
-    )
-    positive += (
-        " iterations updates_per_rollout clip_eps learning_rate max_grad_norm train_tokens "
-        "eval_every eval_batch"
-    )
-    positive += " save_every"
-    rules = [(name, "above 0", getattr(args, name) > 0) for name in positive.split()]
-    notbelow = "seed lora_rank beta0 weight_decay eval_temperature think_budget"
-    rules += [(name, "0 or more", getattr(args, name) >= 0) for name in notbelow.split()]
-    rules.append(("group_size", "at least 2: the others are the baseline", args.group_size >= 2))
-    rules.append(("max_audio_seconds", "at least 0.1", args.max_audio_seconds >= 0.1))
-    rules.append(("reward_weights", "finite", all(map(math.isfinite, args.reward_weights))))
-    rules.append(("adv_clip_k", "above 0", args.adv_clip_k is None or args.adv_clip_k > 0))
-    rules.append(("eval_max", "above 0", args.eval_max is None or args.eval_max > 0))
-    rules.append(
-        ("think_budgets", "0 or more", all(budget >= 0 for budget in args.think_budgets or ()))
-    )
-    if args.eval_only:
-        rules.append(("eval_data", "given with --eval-only", args.eval_data is not None))
-    else:
-        divides = args.prompts_per_update % processes == 0
-        rules.append(("prompts_per_update", f"a multiple of the {processes} processes", divides))
-        rules.append(("train_data", "given, or --eval-only", args.train_data is not None))
-        rules.append(("adapter", "left out: it goes with --eval-only", args.adapter is None))
-        rules.append(
-            ("think_budgets", "left out: it goes with --eval-only", args.think_budgets is None)
-        )
-    for name, rule, holds in rules:
-        if not holds:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {rule}")
-
-
-def find_run(args: Args) -> tuple[Args, Path]:
-    """The flags and the folder of the run that --resume names. Raises InputError."""
-    folder = Path(args.resume)
-    if args.resume == "latest":
-        runs = [
-            f
-            for f in Path(args.output_dir).glob("*/args.json")
-            if f'"script": "{SCRIPT}"' in f.read_text()
-        ]
-        if not runs:
-            raise InputError(
-                f"--resume latest: no run of this script in --output-dir {args.output_dir}"
-            )
-        folder = max(runs, key=lambda file: file.stat().st_mtime_ns).parent
-    if not (folder / "args.json").is_file():
-        raise InputError(
-            f"--resume {args.resume}: {folder} is not a run folder (it has no args.json)"
-        )
-    try:
-        record = json.loads((folder / "args.json").read_text())
-        if record["script"] != SCRIPT:
-            raise InputError(
-                f"--resume {args.resume}: is a run of {record['script']}, not of {SCRIPT}"
-            )
-        stored = Args(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(
-            f"--resume {args.resume}: its args.json is not this version's ({reason}); start anew"
-        ) from error
-    for field in dataclasses.fields(Args):
-        given, kept, flag = (
-            getattr(args, field.name),
-            getattr(stored, field.name),
-            field.name.replace("_", "-"),
-        )
-        if field.name not in ("resume", "output_dir") and given not in (field.default, kept):
-            raise InputError(
-                f"--{flag} {given}: the resumed run has {kept}; leave the flag out or start a new "
-                "run"
-            )
-    return stored, folder
-
-
-def create_run(args: Args) -> Path:
-    """Create the run folder with args.json in it. Raises InputError."""
-    name = (
-        args.run_name or f"{SCRIPT}-{args.method}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    folder = Path(args.output_dir) / name
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        commit = (
-            subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-        )
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    versions = {"python": platform.python_version()}
-    versions |= {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
-    record = {
-        "script": SCRIPT,
-        "args": dataclasses.asdict(args),
-        "command": sys.argv,
-        "versions": versions,
-    }
-    try:
-        folder.mkdir(parents=True)
-        for part in ("samples", "final"):
-            (folder / part).mkdir()
-        (folder / "args.json").write_text(json.dumps(record | {"git_commit": commit}, indent=2))
-    except FileExistsError as error:
-        raise InputError(
-            f"--run-name {folder.name}: {folder} exists; take another name, or --resume {folder}"
-        ) from error
+        (folder / "samples").mkdir(parents=True)
+        (folder / "final").mkdir()
     except OSError as error:
-        raise InputError(
-            f"--output-dir {args.output_dir}: cannot be written ({error}); name another folder"
-        ) from error
+        raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
+    (folder / "args.json").write_text(json.dumps(record, indent=2, allow_nan=False))
     return folder
 
 
-def keep_metrics(path: Path, iteration: int) -> None:
-    """Drop from metrics.jsonl what an interrupted run logged after its checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [
-        line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= iteration
-    ]
-    path.write_text("".join(kept))
+def find_run(args: Args) -> tuple[Args, Path, dict]:
+    """The flags, the folder and args.json of the run that --resume names. Raises InputError."""
+    folder = Path(args.resume)
+    if args.resume == "latest":
+        runs = Path(args.output_dir).glob("*/args.json")
+        runs = [file for file in runs if f'"script": "{SCRIPT}"' in file.read_text()]
+        runs.sort(key=lambda file: file.stat().st_mtime_ns)
+        folder = runs[-1].parent if runs else folder
+    if not args.resume or not any(folder.glob("checkpoint*.pt")):
+        raise InputError(f"--resume {args.resume}: no checkpoint in {folder}; start a new run")
+    given = {word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"}
+    if given - {"--resume", "--output-dir"}:
+        what = f"{folder} goes on with its own flags; leave out {sorted(given - {'--resume'})}"
+        raise InputError(f"--resume: {what}")
+    record = json.loads((folder / "args.json").read_text())
+    kept = record["args"] | record["sources"]  # the very commits
+    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+    return Args(**kept), folder, record
+
+
+def lock_run(run_dir: Path) -> FileLock:
+    """Hold the run until this process ends. Raises InputError where another writes it."""
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(f"--resume: another process is writing {run_dir}") from error
+    return lock
+
+
+def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
+    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": step, **record}, allow_nan=False), file=file, flush=True)
+        os.fsync(file.fileno())  # a checkpoint counts on it
+    for tag, value in record.items():
+        if value is not None:
+            writer.add_scalar(tag, value, step)
+
+
+def write_safely(path: Path, state: dict) -> None:
+    """torch.save under another name, flushed to the disk, then renamed: never half a file."""
+    with path.with_suffix(".part").open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(path.with_stem(f"{path.stem}-previous"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The state in the newest checkpoint. Raises InputError for a damaged file."""
+    path = run_dir / "checkpoint.pt"
+    path = path if path.exists() else run_dir / "checkpoint-previous.pt"
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # the check sums, which torch.load does not ask
+        if damaged:
+            raise ValueError(f"wrong check sum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        remedy = "delete it to go on from checkpoint-previous.pt"
+        raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """The trained weights and the optimiser, whole and on the CPU, split (FSDP) or not. Called by
+    every process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
+    weights = {name: tensor for name, tensor in weights.items() if named[name].requires_grad}
+    return {"weights": weights, "optimizer": state}
+
+
+def restore(run_dir: Path | None, checkpoint: dict, model: nn.Module, optimizer) -> None:
+    """Go back to a checkpoint; the main process, which has run_dir, drops what was logged since."""
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    state = {"optim_state_dict": checkpoint["optimizer"], "options": options}
+    set_state_dict(model, optimizer, model_state_dict=checkpoint["weights"], **state)
+    if run_dir is not None:
+        path = run_dir / "metrics.jsonl"
+        os.truncate(path, min(path.stat().st_size, checkpoint["metrics_bytes"]))
+
+
+def save_model(folder: Path, policy: Policy, weights: dict[str, Tensor], args: Args) -> None:
+    """What transformers or PEFT loads; its generation config says how it was sampled."""
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    sampling |= {"top_k": args.top_k, "eos_token_id": policy.stop, "pad_token_id": policy.pad}
+    policy.model.generation_config = GenerationConfig(**sampling)
+    policy.model.save_pretrained(folder, state_dict=weights)
+
+
+def save_completions(path: Path, writer: SummaryWriter | None, step: int, said: list[dict]) -> None:
+    """An evaluation's rows with the model's words: all as a JSON list, the first few to
+    TensorBoard."""
+    text = json.dumps(said, ensure_ascii=False, indent=1, allow_nan=False, default=str)
+    path.write_text(text, encoding="utf-8")
+    if writer is not None:
+        shown = ""
+        for row in said[:8]:
+            text = f"{row['question']}\n{row['choices']} {row['answer']}\n{row['completion']}"
+            shown += f"<pre>{html.escape(text)}</pre>"
+        writer.add_text("completions", shown, step)
+
+
+def measured_on(data: Data, sources: dict, args: Args) -> dict:
+    """What a summary says of the model and the questions that its figures are of."""
+    about = {"sources": sources, "adapter": args.adapter, "think_budget": args.think_budget}
+    about |= {"questions": len(data.asked), "skipped": len(data.skipped)}
+    if args.eval_data and Path(args.eval_data).is_file():  # MMAU has several versions
+        about["eval_data_sha256"] = hashlib.sha256(Path(args.eval_data).read_bytes()).hexdigest()
+    return about
+
+
+def finish(run_dir: Path, summary: dict) -> None:
+    """The whole run in one file and as tables."""
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+    (run_dir / "mmau.md").write_text(score_table(summary["scores"]))
+    for name, value in summary["final"].items():
+        before = f"{summary['base'][name]:10.4f} ->" if "base" in summary else ""
+        print(f"{name:22s}{before}{value:10.4f}")
+    print(score_table({key: summary["scores"][key] for key in ("total", "task")}))
+    print(f"Completions in {run_dir}/samples, scores in {run_dir}/mmau.md.")
+
+
+def print_loading_lines(folder: Path, model: nn.Module, source: tuple, dtype: torch.dtype) -> None:
+    """How to load the result."""
+    lora = isinstance(model, PeftModel)
+    kind = type(model.get_base_model() if lora else model).__name__
+    base = f'"{source[0]}", revision={source[1]!r}' if lora else f'"{folder}"'
+    print(f"To use the result:\nimport torch\nfrom transformers import {kind}")
+    print(f"model = {kind}.from_pretrained({base}, dtype={dtype})")
+    if lora:
+        print("from peft import PeftModel")
+        print(f'model = PeftModel.from_pretrained(model, "{folder}")')
+
+
+# -------------------------------------------------------------------------------------------- main
+def check_args(args: Args, processes: int) -> None:
+    """Raise InputError for flags that cannot work."""
+    may_be_zero = {"seed", "lora_rank", "top_k", "beta0", "weight_decay", "eval_temperature"}
+    may_be_zero.add("think_budget")
+    for name, value in vars(args).items():
+        values = value if isinstance(value, tuple) else (value,)
+        numbers = [number for number in values if type(number) in (int, float)]
+        lowest = -math.inf if name == "reward_weights" else 0 if name in may_be_zero else 1e-30
+        if not all(math.isfinite(number) and number >= lowest for number in numbers):
+            raise InputError(f"--{name.replace('_', '-')} {value}: is out of its range")
+    if len(args.reward_weights) not in (len(REWARDS), len(REWARDS) + len(args.reward)):
+        raise InputError(f"--reward-weights: of {', '.join(REWARDS)}, and of each --reward or none")
+    if args.group_size < 2 or args.top_p > 1:
+        raise InputError("--group-size: 2 or more, the others are the baseline; --top-p: up to 1")
+    if args.max_audio_seconds < 0.1:
+        raise InputError("--max-audio-seconds: at least 0.1")
+    if (args.eval_data if args.eval_only else args.train_data) is None:
+        raise InputError("--train-data must be given; or --eval-only and --eval-data")
+    if args.prompts_per_update % processes:
+        raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
+    if args.fsdp and (args.lora_rank or args.adapter or args.eval_only or processes == 1):
+        raise InputError("--fsdp: for all weights (no LoRA) over several processes of torchrun")
+    if int(os.environ.get("WORLD_SIZE", "1")) != processes:
+        raise InputError("torchrun: its processes would be unrelated runs here; add --cpu")
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where it is asked for, or where a GPU has units for it."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and native)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def main(args: Args) -> None:
-    use_bf16 = (
-        torch.cuda.is_available()
-        and not args.cpu
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    resumed = None
-    if args.resume:
-        args, resumed = find_run(args)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and use_bf16)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    accelerator = accelerate.Accelerator(cpu=args.cpu, mixed_precision="bf16" if bf16 else "no")
+    resumed = args.resume is not None
+    if resumed:
+        args, run_dir, stored = find_run(args)
+    accelerator = accelerate.Accelerator(cpu=args.cpu)
     device, is_main = accelerator.device, accelerator.is_main_process
     processes, rank = accelerator.num_processes, accelerator.process_index
     check_args(args, processes)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    if resumed and (run_dir / "summary.json").exists():
+        accelerator.print(f"{run_dir} is finished: nothing is left to do")
+        return
+    dtype = choose_dtype(args.precision, device)
 
-    # Questions and clips first: they are quick to be wrong.
-    train, heldout, wanted, skipped, version, note = load_questions(args)
+    # What is small and may be refused comes before what is large.
+    source = find_model("--model-id", args.model_id)
+    model_class(*source)
+    processor = AutoProcessor.from_pretrained(source[0], revision=source[1])
+    tokenizer = processor.tokenizer
+    window = getattr(processor.feature_extractor, "chunk_length", math.inf)  # of the model, seconds
+    args = dataclasses.replace(args, max_audio_seconds=min(args.max_audio_seconds, window))
+    data = load_questions(args)
+    sources = {"model_id": "@".join(filter(None, source))} | data.sources
+    rows = [[question.row for question in part] for part in (data.train, data.heldout)]
+    prompts_sha256 = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+    if resumed and prompts_sha256 != stored["prompts_sha256"]:
+        raise InputError("--train-data, --eval-data: other questions than when the run began")
+    plugins = load_plugins(args.reward)
+    reward_weights = [*args.reward_weights, *[1.0] * len(plugins)][: len(REWARDS) + len(plugins)]
+    score(["a", "b"], [1, 1], [data.heldout[0].row] * 2, plugins, args)
+    longest = longest_prompt(processor, data, args)
 
-    # Policy and reference.
     seed_everything(args.seed)
-    model, processor = load_model(args, dtype)
-    seconds = min(
-        args.max_audio_seconds, getattr(processor.feature_extractor, "chunk_length", math.inf)
-    )
-    lengths = [
-        soundfile.info(opened(clip)).duration
-        for clip in {question.clip for question in (*train, *heldout)}
-    ]
-    note += f"; {sum(length > seconds for length in lengths)} clips are cut to {seconds:g} s"
-    stop, banned = special_tokens(model, processor)
-    if not stop:
-        raise InputError(
-            f"--model-id {args.model_id}: has no end-of-sequence token in tokenizer or generation "
-            "config"
-        )
-    policy, frozen, optimizer = Policy(model, banned), None, None
-    if args.eval_only:
-        policy = network = accelerator.prepare_model(policy, evaluation_mode=True)
-    else:
-        if not args.lora_rank:
-            # One audio tower is enough.
-            shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-            frozen = accelerator.prepare_model(
-                copy.deepcopy(policy, shared).requires_grad_(False), evaluation_mode=True
-            )
-        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-        )
-        network, optimizer = accelerator.prepare(policy, optimizer)
-        # Without gradients no DDP is needed. accelerate has put autocast into the forward of both
-        # networks.
-        policy = accelerator.unwrap_model(network)
-        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy = load_policy(args, source, processor, longest, device, dtype == torch.bfloat16)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
 
-    run_dir = resumed or (create_run(args) if is_main else None)
-    if is_main and skipped:
-        (run_dir / "skipped.json").write_text(json.dumps(skipped, indent=1))
+    if not resumed:
+        run_dir = create_run(args, sources, prompts_sha256) if is_main else None
+    lock = lock_run(run_dir) if is_main else None
+    if is_main and data.skipped:
+        (run_dir / "skipped.json").write_text(json.dumps(data.skipped, indent=1, allow_nan=False))
+    groups, group = args.prompts_per_update, args.group_size
+    # Whole groups stay in one process.
+    my_groups = slice(rank * groups // processes, (rank + 1) * groups // processes)
     accelerator.print(
-        f"{run_dir}: {note}; stop tokens {processor.tokenizer.convert_ids_to_tokens(stop)}"
+        f"{run_dir}: {args.method}, {processes} x {device.type}, {dtype}, "
+        f"{sum(parameter.numel() for parameter in trained):,} trained parameters\n"
+        f"{describe(data, args)}; stop tokens {tokenizer.convert_ids_to_tokens(policy.stop)}"
     )
-
-    def decode(ids: list[int]) -> str:
-        return processor.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def reasoning_tokens(text: str) -> int:
-        return len(processor.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def everyone_done(done: bool) -> bool:
-        """Under FSDP every process must take part in every forward pass."""
-        if accelerator.distributed_type != accelerate.DistributedType.FSDP:
-            return done
-        return bool(
-            accelerator.reduce(torch.tensor(float(done), device=device), "sum") == processes
-        )
-
-    def embed(questions: list[Question], think_budget: int) -> list[Tensor]:
-        """Each question and its clip, once: what the language model reads, [L,D]."""
-        texts = [build_prompt(processor, question.row, think_budget) for question in questions]
-        waves = [load_audio(question.clip, seconds) for question in questions]
-        with accelerator.autocast():
-            pairs = zip(texts, waves, strict=True)
-            return [embed_question(policy, processor, text, wave, device) for text, wave in pairs]
-
-    def draw(
-        prompts: list[Tensor], uniforms: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Completions of some prompts: ids, mask and log-probabilities, [B,G,C]."""
-        # Around the whole rollout: weights are converted to bf16 once, not at every token.
-        with accelerator.autocast():
-            return rollout(
-                policy, prompts, uniforms.to(device), stop, temperature, everyone_done=everyone_done
-            )
-
-    def answer(questions: list[Question], think_budget: int) -> tuple[list[str], list[int]]:
-        """The policy's answers to some questions, and their lengths in tokens."""
-        seeds = [
-            seed_everything(
-                args.seed, 0, int(hashlib.sha1(q.row["id"].encode()).hexdigest()[:8], 16)
-            )
-            for q in questions
-        ]
-        uniforms = torch.stack(
-            [torch.rand(1, args.max_completion_length, generator=generator) for generator in seeds]
-        )
-        tokens, mask, _ = draw(embed(questions, think_budget), uniforms, args.eval_temperature)
-        texts, counts = flatten(tokens, mask, decode)[:2]
-        return texts, counts
-
-    def test(think_budget: int) -> tuple[dict[str, float], dict, list[dict]]:
-        longest = args.max_completion_length
-        return evaluate(
-            answer,
-            heldout,
-            wanted,
-            think_budget,
-            longest,
-            reasoning_tokens,
-            accelerator,
-            args.eval_batch,
-        )
-
-    about = {
-        "model": args.model_id,
-        "adapter": args.adapter,
-        "questions": len(wanted),
-        "skipped": len(skipped),
-    }
-    about |= version
+    about = measured_on(data, sources, args)
+    evaluation = processor, data, plugins, accelerator, args
     if args.eval_only:
-        points = []
-        for budget in args.think_budgets or (args.think_budget,):
-            figures, scores, said = test(budget)
-            points.append(
-                {
-                    "budget": budget,
-                    "tokens": figures["reasoning_tokens"],
-                    **scores["total"]["total"],
-                }
-            )
-            if is_main:
-                (run_dir / "samples" / f"predictions-{budget:03d}.json").write_text(
-                    to_json(said, indent=1)
-                )
-                facts = about | {"think_budget": budget, "figures": figures, "scores": scores}
-                (run_dir / f"mmau-{budget:03d}.json").write_text(to_json(facts, indent=2))
-                (run_dir / f"mmau-{budget:03d}.md").write_text(score_table(scores))
-                print(
-                    f"\nthink budget {budget} words, {figures['reasoning_tokens']:.1f} reasoning "
-                    "tokens used"
-                )
-                print(score_table({key: scores[key] for key in ("total", "task")}))
-        if is_main and len(points) > 1:
-            fit = scaling(points)
-            (run_dir / "scaling.json").write_text(
-                to_json(about | {"points": points} | fit, indent=2)
-            )
-            draw_scaling(points, fit, run_dir / "scaling.png")
-            print(", ".join(f"{name} {value:.4g}" for name, value in fit.items()))
-        accelerator.print(f"results in {run_dir}")
+        metrics, scores, said = evaluate(policy, *evaluation)
+        if is_main:
+            save_completions(run_dir / "samples/predictions.json", None, 0, said)
+            finish(run_dir, {"final": metrics} | about | {"scores": scores})
         return
 
-    metrics_path = run_dir / "metrics.jsonl" if run_dir else None
-    checkpoint = load_checkpoint(run_dir) if resumed else {}
-    first = checkpoint.get("iteration", 0)
-    if checkpoint:
-        restore_training_state(network, optimizer.optimizer, checkpoint)
-    if is_main:
-        keep_metrics(metrics_path, first if checkpoint else -1)
-    groups, local_groups, group = (
-        args.prompts_per_update,
-        args.prompts_per_update // processes,
-        args.group_size,
-    )
-    own = slice(rank * local_groups, (rank + 1) * local_groups)  # whole groups stay in one process
-    size = sum(parameter.numel() for parameter in trainable)
-    accelerator.print(
-        f"{args.method}, {processes} x {device.type}, {'bf16' if bf16 else 'fp32'}, {size:,} "
-        f"trained parameters\neach iteration {groups} questions x {group} completions of at most "
-        f"{args.max_completion_length} tokens, {args.updates_per_rollout} updates"
-    )
-    if group < 4:
-        accelerator.print(
-            f"warning: --group-size {group}: the mean of so few is a noisy baseline; 8 or more"
-        )
-
-    mix = torch.tensor(args.reward_weights)
-    if checkpoint:
-        base, metrics, scores = checkpoint["base"], checkpoint["metrics"], checkpoint["scores"]
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(trained, **options)
+    first = 0
+    if resumed:
+        checkpoint = load_checkpoint(run_dir)
+        first, base, metrics = (checkpoint[name] for name in ("iteration", "base", "metrics"))
+        scores = checkpoint["scores"]
+        restore(run_dir if is_main else None, checkpoint, policy.model, optimizer)
+        renew_sampler(policy)
     else:
-        base, scores, said = test(args.think_budget)
+        base, scores, said = evaluate(policy, *evaluation)
         metrics = base
-    writer = SummaryWriter(run_dir, purge_step=first + 1 if checkpoint else 0) if is_main else None
-    if is_main and not checkpoint:
-        write_completions(run_dir / "samples" / "000000.json", writer, 0, said)
-        log(metrics_path, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
+    writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
+    if is_main and not resumed:
+        save_completions(run_dir / "samples/000000.json", writer, 0, said)
+        log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
 
-    without_spread = 0
-    bar = tqdm(
-        range(first, args.iterations),
-        args.method,
-        initial=first,
-        total=args.iterations,
-        disable=not is_main,
-    )
+    bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
-        # 1. Rollout: the previous policy's completions, and their rewards. A clip is read and
-        #    encoded once. Every process draws all random numbers and takes those of its own groups,
-        #    so the result does not depend on the number of processes.
-        started = synchronized_time(device)
-        generator = seed_everything(args.seed, iteration + 1)
-        asked = [train[row] for row in draw_prompts(len(train), groups, iteration, args.seed)[own]]
-        prompts = embed(asked, args.think_budget)
-        encoded = synchronized_time(device)
-        uniforms = torch.rand(groups, group, args.max_completion_length, generator=generator)[own]
+        # ---- 1. rollout: completions of the policy, and their rewards. Every process draws all
+        # random numbers and takes those of its groups: the result does not depend on their number.
+        started = time.perf_counter()
+        rng = seed_everything(args.seed, iteration)
+        drawn = draw_prompts(len(data.train), groups, iteration - 1, args.seed)[my_groups]
+        inputs = hear(policy, processor, [data.train[row] for row in drawn], args)
+        rows = [data.train[row].row for row in drawn for _ in range(group)]
+        uniforms = torch.rand(groups, group, args.max_completion_length, generator=rng)[my_groups]
         at_once = max(1, args.rollout_batch // group)
-        cuts = [slice(start, start + at_once) for start in range(0, local_groups, at_once)]
-        drawn = [draw(prompts[cut], uniforms[cut], args.temperature) for cut in cuts]
-        longest = max(tokens.shape[2] for tokens, _, _ in drawn)
-        padded = [[F.pad(part, (0, longest - part.shape[2])) for part in parts] for parts in drawn]
-        tokens, mask, sampled_logp = (
-            torch.cat(parts) for parts in zip(*padded, strict=True)
-        )  # [P/processes,G,C]
-        rolled_out = synchronized_time(device)
-        texts, counts, ids = flatten(tokens, mask, decode)
-        rows = [question.row for question in asked for _ in range(group)]
-        values = score(texts, counts, rows, args.think_budget > 0, args.max_completion_length).to(
-            device
-        )
-        every = (
-            accelerator.gather(values).view(groups, group, len(REWARDS)).cpu()
-        )  # [P,G,R], of all processes
-        reward = every @ mix  # [P,G]
-        rewarded = synchronized_time(device)
+        tokens, kept, sampled_logp = rollout(policy, inputs, uniforms.to(device), at_once)  # [N,C]
+        completions = [one[mask].tolist() for one, mask in zip(tokens, kept, strict=True)]
+        rolled_out = time.perf_counter()
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        values = score(texts, list(map(len, completions)), rows, plugins, args)
+        values = accelerator.gather(values.to(device)).cpu()
+        values = values.unflatten(0, (groups, group))  # [P,G,R], of all processes
+        reward = values @ torch.tensor(reward_weights)  # [P,G]
+        rewarded = time.perf_counter()
 
-        # 2. Advantage, and each completion's KL coefficient (eq. 7).
-        advantage = group_advantage(reward)  # [P,G]
+        # ---- 2. advantage, and each completion's KL coefficient (eq. 7)
+        advantage = group_advantage(reward, scale=args.scale_rewards == "group")  # [P,G]
         coefficient = torch.full_like(advantage, args.beta0)
         if args.method == "adrpo":
-            coefficient = adaptive_beta(advantage.flatten(), args.beta0, args.adv_clip_k).view_as(
-                advantage
-            )
-        weights = advantage[own].to(device), coefficient[own].to(device)
+            coefficient = adaptive_beta(advantage, args.beta0, args.adv_clip_k)
+        my_advantage = advantage[my_groups].flatten().to(device)  # [N]
+        my_coefficient = coefficient[my_groups].flatten().to(device)
 
-        # 3. Updates on this rollout, in passes whose gradients add up to that of the mean over all
-        #    completions.
-        decay = (
-            (1 + math.cos(math.pi * iteration / args.iterations)) / 2
-            if args.lr_schedule == "cosine"
-            else 1.0
-        )
-        for settings in optimizer.param_groups:
-            settings["lr"] = args.learning_rate * min(1.0, (iteration + 1) / 5) * decay
-        sizes = torch.tensor([max(len(prompt) for prompt in prompts), longest], device=device)
-        # As many passes in every process.
-        sizes = accelerator.gather(sizes).view(-1, 2).amax(0).tolist()
-        passes = micro_batches(local_groups, group, *sizes, args.train_tokens)
-        old_logp, ref_logp, sums = {}, {}, torch.zeros(8, device=device)
-        for _ in range(args.updates_per_rollout):
+        # ---- 3. updates on this rollout, in parts whose gradients add up to the gradient of the
+        # mean over all completions
+        optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
+        batch = Batch(inputs, tokens, kept)
+        ref_logp = reference_log_probabilities(policy, batch, args)  # [N,C]
+        old_logp = torch.zeros_like(ref_logp)
+        totals = defaultdict(float)
+        for update in range(args.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
-            update = torch.zeros(7, device=device)
-            for number, (part, columns) in enumerate(passes):
-                kept = mask[part, columns]
-                kept = kept[..., : int(kept.sum(2).max())]
-                completions = tokens[part, columns, : kept.shape[2]]
-                if number not in ref_logp:
-                    with reference_policy(policy, frozen) as reference:
-                        ref_logp[number], _ = completion_log_probabilities(
-                            reference, prompts[part], completions, args.temperature
-                        )
-                last = number + 1 == len(passes)
-                with contextlib.nullcontext() if last else accelerator.no_sync(network):
-                    logp, entropy = completion_log_probabilities(
-                        network, prompts[part], completions, args.temperature
-                    )
-                    old_logp.setdefault(number, logp.detach())
-                    flat = [
-                        t.flatten(0, 1) for t in (logp, old_logp[number], ref_logp[number], kept)
-                    ]
-                    a, c = [weight[part, columns].flatten() for weight in weights]
-                    share = len(a) / (local_groups * group)
-                    loss = grpo_loss(*flat[:3], a, c, flat[3], args.clip_eps) * share
-                    accelerator.backward(loss)
+            gap = torch.zeros(len(tokens), device=device)  # [N], sampler against this pass
+            for at, logp, entropy in completion_passes(policy, policy.model, batch, args):
+                mask = kept[at]
+                if update == 0:
+                    old_logp[at] = logp.detach()
+                    off = ((sampled_logp[at] - logp.detach()).abs() * mask).sum(1)
+                    totals["sampling/sampling_logp_difference/mean"] += off.sum()
+                    gap[at] = off / mask.sum(1).clamp(min=8)
+                weight, beta = my_advantage[at], my_coefficient[at]
+                share = len(weight) / len(tokens)
+                inputs = logp, old_logp[at], ref_logp[at], weight
+                loss = share * grpo_loss(*inputs, beta, mask, args.clip_eps)
+                loss.backward()
                 with torch.no_grad():
-                    policy_loss = (
-                        grpo_loss(*flat[:3], a, torch.zeros_like(c), flat[3], args.clip_eps) * share
-                    )
-                    ratio, better = (flat[0] - flat[1]).exp(), a[:, None] > 0
-                    clipped = torch.where(
-                        better, ratio > 1 + args.clip_eps, ratio < 1 - args.clip_eps
-                    )
-                    off = (
-                        flat[1] - sampled_logp[part, columns, : kept.shape[2]].flatten(0, 1)
-                    ).abs()
-                    per_token = [
-                        kl_k3(flat[0], flat[2]),
-                        entropy.flatten(0, 1),
-                        clipped & (a[:, None] != 0),
-                        off,
-                    ]
-                    totals = [(value * flat[3]).sum() for value in per_token]
-                    update += torch.stack([loss.detach(), policy_loss, *totals, flat[3].sum()])
-            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-            if hasattr(grad_norm, "full_tensor"):  # FSDP
-                grad_norm = grad_norm.full_tensor()
-            update = torch.cat([accelerator.reduce(update, "mean"), grad_norm.to(device).view(1)])
-            if not update.isfinite().all():  # before the step: the weights are still good
-                state = training_state(network, optimizer.optimizer)
-                progress = {
+                    policy_loss = grpo_loss(*inputs, torch.zeros_like(beta), mask, args.clip_eps)
+                    totals["losses/total"] += loss.detach()
+                    totals["losses/policy"] += share * policy_loss
+                    ratio, better = (logp - old_logp[at]).exp(), weight[:, None] > 0
+                    above, below = ratio > 1 + args.clip_eps, ratio < 1 - args.clip_eps
+                    clipped = torch.where(better, above, below) & (weight[:, None] != 0)
+                    totals["clip_ratio/region_mean"] += (clipped * mask).sum()
+                    totals["kl"] += (kl_k3(logp, ref_logp[at]) * mask).sum()
+                    totals["entropy"] += (entropy * mask).sum()
+            if update == 0:
+                largest_gap = accelerator.gather(gap).max().item()
+                if not largest_gap <= SAMPLER_BOUND[dtype]:
+                    what = f"a completion's log-probabilities differ by {largest_gap:.2g} nats"
+                    raise InputError(f"--model-id: {what} a token between rollout and training")
+            if processes > 1 and not args.fsdp:  # with FSDP the backward pass has done it
+                for parameter in trained:
+                    if parameter.grad is not None:
+                        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            grad_norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            grad_norm = grad_norm.full_tensor() if args.fsdp else grad_norm
+            totals["losses/grad_norm"] += grad_norm
+            loss = accelerator.reduce(totals["losses/total"], "mean")
+            if not (loss + grad_norm).isfinite():
+                raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
+            optimizer.step()
+        shares = [p.to_local() if args.fsdp else p for p in trained]
+        finite = torch.tensor([float(all(p.isfinite().all() for p in shares))], device=device)
+        if accelerator.gather(finite).min() < 1:
+            raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
+        renew_sampler(policy)
+        updated = time.perf_counter()
+
+        # ---- 4. log, evaluate, save
+        record = {"reward/mean": reward.mean().item(), "reward/std": reward.std(1).mean().item()}
+        constant = (reward == reward[:, :1]).all(dim=1).float().mean().item()
+        record["reward/frac_reward_zero_std"] = constant
+        for i, name in enumerate((*REWARDS, *plugins)):
+            record[f"reward/{name}"] = values[..., i].mean().item()
+        lengths = accelerator.gather(kept.sum(1))
+        for tag, total in totals.items():
+            total = accelerator.reduce(total, "mean").item()
+            per_token = lengths.sum().item() / processes
+            updates = 1 if tag.startswith("sampling") else args.updates_per_rollout
+            record[tag] = total / updates / (1 if tag.startswith("losses") else per_token)
+        record["losses/divergence"] = record["losses/total"] - record["losses/policy"]
+        record["sampling/sampling_logp_difference/max"] = largest_gap
+        limit = math.inf if args.adv_clip_k is None else args.adv_clip_k * args.beta0
+        record |= adrpo_statistics(coefficient, advantage, limit)
+        record["completions/mean_length"] = lengths.float().mean().item()
+        ended = gather_object([float(one[-1] in policy.stop) for one in completions])
+        record["completions/clipped_ratio"] = 1 - sum(ended) / len(ended)
+        record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        record["charts/seconds_rollout"] = rolled_out - started
+        record["charts/seconds_reward"] = rewarded - rolled_out
+        record["charts/seconds_update"] = updated - rewarded
+        record["charts/tokens_per_second"] = lengths.sum().item() / (updated - started)
+        if device.type == "cuda":
+            record["charts/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        last = iteration == args.iterations
+        evaluated = last or iteration % args.eval_every == 0
+        if evaluated:
+            metrics, scores, said = evaluate(policy, *evaluation)
+            record |= {f"eval/{name}": value for name, value in metrics.items()}
+        if is_main and evaluated:
+            save_completions(run_dir / f"samples/{iteration:06d}.json", writer, iteration, said)
+            if args.keep_adapters and policy.reference is None:
+                policy.model.save_pretrained(run_dir / f"adapters/{iteration:06d}")
+        if is_main:
+            log(run_dir, writer, iteration, record)
+            writer.add_histogram("adrpo/coefficient", coefficient, iteration)
+        bar.set_postfix(accuracy=record["reward/accuracy"], kl=record["kl"])
+        if last or iteration % args.save_every == 0:
+            state = training_state(policy.model, optimizer)
+            if is_main:
+                state |= {
                     "iteration": iteration,
                     "metrics": metrics,
                     "base": base,
                     "scores": scores,
                 }
-                if is_main:
-                    save_checkpoint(run_dir, progress, state)
-                raise InputError(
-                    f"iteration {iteration}: loss {update[0]:.3g}, gradient norm {update[7]:.3g}; "
-                    "the weights before this step are saved. Lower --learning-rate, or raise "
-                    "--beta0"
-                )
-            optimizer.step()
-            sums += update
-        updated = synchronized_time(device)
+                state["metrics_bytes"] = (run_dir / "metrics.jsonl").stat().st_size
+                write_safely(run_dir / "checkpoint.pt", state)
 
-        # 4. Log, evaluate, save.
-        done, last = iteration + 1, iteration + 1 == args.iterations
-        lengths = accelerator.gather(mask.sum(2).flatten())
-        ended = torch.tensor([float(one[-1] in stop) for one in ids], device=device)
-        took = synchronized_time(device) - started
-        zero_spread = (reward.std(1) < 1e-8).float().mean().item()
-        record = {"reward/mean": reward.mean().item(), "reward/std": reward.std(1).mean().item()}
-        record |= {"reward/frac_reward_zero_std": zero_spread}
-        record |= {f"reward/{name}": every[..., i].mean().item() for i, name in enumerate(REWARDS)}
-        record |= {"losses/total": (sums[0] / args.updates_per_rollout).item()}
-        record |= {"losses/policy": (sums[1] / args.updates_per_rollout).item()}
-        record |= {"losses/divergence": record["losses/total"] - record["losses/policy"]}
-        record |= {"losses/grad_norm": (sums[7] / args.updates_per_rollout).item()}
-        tags = ("kl", "entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean")
-        record |= dict(zip(tags, (sums[2:6] / sums[6]).tolist(), strict=True))
-        limit = math.inf if args.adv_clip_k is None else args.adv_clip_k * args.beta0
-        record |= coefficient_statistics(coefficient, advantage, limit)
-        record["completions/mean_length"] = lengths.float().mean().item()
-        record["completions/clipped_ratio"] = 1 - accelerator.gather(ended).mean().item()
-        record["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        record["charts/seconds_audio"] = encoded - started
-        record["charts/seconds_rollout"] = rolled_out - encoded
-        record["charts/seconds_reward"] = rewarded - rolled_out
-        record["charts/seconds_update"] = updated - rewarded
-        record["charts/tokens_per_second"] = lengths.sum().item() / took
-        record["charts/peak_memory_gb"] = peak_memory_gb(device)
-        if last or done % args.eval_every == 0:
-            metrics, scores, said = test(args.think_budget)
-            record |= {f"eval/{name}": value for name, value in metrics.items()}
-            if is_main:
-                write_completions(run_dir / "samples" / f"{done:06d}.json", writer, done, said)
-        if is_main:
-            log(metrics_path, writer, done, record)
-            writer.add_histogram("adrpo/coefficient", coefficient, done)
-        bar.set_postfix({name: f"{record[tag]:.4g}" for name, tag in BAR.items()})
-        without_spread = without_spread + 1 if zero_spread > 0.8 else 0
-        if without_spread == 10 and is_main:
-            tqdm.write(
-                "warning: for ten iterations more than 80 % of the groups had one reward for all "
-                "their completions: nothing to learn from; use a finer reward, easier or harder "
-                "prompts, or a larger --group-size"
-            )
-        if last or done % args.save_every == 0:
-            state = training_state(network, optimizer.optimizer)
-            if is_main:
-                progress = {"iteration": done, "metrics": metrics, "base": base, "scores": scores}
-                save_checkpoint(run_dir, progress, state)
-
-    # What other tools load, and the whole run in one file.
-    weights_now = training_state(network, optimizer.optimizer)["model"]
+    options = {"full_state_dict": True, "cpu_offload": True}  # of all weights the frozen ones too
+    options["ignore_frozen_params"] = policy.reference is None
+    weights = get_model_state_dict(policy.model, options=StateDictOptions(**options))
     if is_main:
         writer.close()
+        save_model(run_dir / "final", policy, weights, args)
         processor.save_pretrained(run_dir / "final")
-        lines = save_final(run_dir / "final", policy.model, weights_now, args.model_id)
-        summary = {
-            "base": base,
-            "final": metrics,
-            "method": args.method,
-            "iterations": args.iterations,
-        }
-        summary |= about | {"scores": scores}
-        (run_dir / "summary.json").write_text(to_json(summary, indent=2))
-        print(f"{'':22s}{'base':>10s}{'final':>10s}")
-        for name, value in metrics.items():
-            print(f"{name:22s}{base[name]:10.4f}{value:10.4f}")
-        print(score_table({key: scores[key] for key in ("total", "task")}))
-        print(f"completions in {run_dir / 'samples'}. To use the result:\n{lines}")
+        summary = {"base": base, "final": metrics, "iterations": args.iterations}
+        finish(run_dir, summary | {"method": args.method} | about | {"scores": scores})
+        print_loading_lines(run_dir / "final", policy.model, source, dtype)
+    del lock
 
 
 if __name__ == "__main__":
-    process = os.environ.get("RANK", "0")
+    flags = [word.partition("=")[0].replace("_", "-") for word in sys.argv if word[:2] == "--"]
+    if len(set(flags)) < len(flags):
+        sys.exit("error: a flag is given twice; give all its values after one")
+    process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
     try:
-        main(tyro.cli(Args, description=__doc__))
-        gc.collect()  # gloo aborts at exit where a wrapped model outlives its process group
+        main(args)
+        gc.collect()  # gloo aborts at exit where tensors outlive its process group
         accelerate.PartialState().wait_for_everyone()
         accelerate.PartialState().destroy_process_group()
     except InputError as error:
-        sys.exit(f"error: {error}" if process == "0" else f"error (process {process}): {error}")
+        sys.exit(f"error{process}: {' '.join(str(error).split())}")  # one line
     except torch.OutOfMemoryError as error:
-        remedy = (
-            "lower --train-tokens, --rollout-batch or --eval-batch, or add --gradient-checkpointing"
-        )
-        sys.exit(
-            f"error: out of GPU memory ({one_line(error)[:120]}); {remedy}; then --resume latest"
-        )
+        smaller = "lower --train-tokens, --rollout-batch or --eval-batch"
+        smaller += ", or add --gradient-checkpointing"
+        sys.exit(f"error: out of memory ({str(error)[:120]}); {smaller}; then --resume latest")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if "No space" not in str(error) and "Read-only" not in str(error):
             raise
-        sys.exit(
-            f"error: --output-dir: cannot be written ({one_line(error)}); make room, then "
-            "--resume latest"
-        )
+        sys.exit(f"error: --output-dir {args.output_dir}: {error}; make room, then --resume latest")
+    except SystemExit as error:
+        raise RuntimeError(f"--reward {args.reward}: the plug-in ended the program") from error
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume latest continues from the newest checkpoint")
+        sys.exit("interrupted; --resume latest goes on from the last checkpoint, if there is one")

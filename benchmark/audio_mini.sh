@@ -18,10 +18,10 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 python=${PYTHON:-python}
 
-common="--cpu --precision fp32 --output-dir $runs --eval-batch 128 --rollout-batch 512"
+common="--cpu --precision fp32 --eval-batch 128 --rollout-batch 512"
 train="--iterations 90 --prompts-per-update 12 --group-size 8 --max-completion-length 128 --train-tokens 8192"
 train+=" --lora-rank 16 --lora-alpha 32 --learning-rate 1e-3 --think-budget 50 --eval-every 1000 --eval-max 72 --save-every 1000"
-measure="--eval-only --max-completion-length 192"
+measure="--max-completion-length 192"
 
 job() { # name, flags: one line for xargs, unless it is done
     if [ ! -f "$runs/$1/done" ]; then
@@ -30,8 +30,11 @@ job() { # name, flags: one line for xargs, unless it is done
     fi
 }
 
-run() { # one job in a process of its own
-    $python adrpo_audio_mmau.py $common --run-name "$@" >>"$runs/log-$1.txt" 2>&1 && touch "$runs/$1/done"
+run() { # one job in a process of its own; of a greedy one the curve over all think budgets
+    case $1 in
+    *-greedy) $python benchmark/mmau_scaling.py "$runs/$1" --think-budgets 0 25 50 75 100 $common "${@:2}" ;;
+    *) $python adrpo_audio_mmau.py $common --output-dir "$runs" --run-name "$@" ;;
+    esac >>"$runs/log-$1.txt" 2>&1 && touch "$runs/$1/done"
 }
 
 flags_of() { # of a setting
@@ -69,7 +72,7 @@ for seed in ${SEEDS:-2 3 4}; do
     world="--model-id $worlds/audio$seed/model --eval-data $worlds/audio$seed/heldout.json --seed $seed"
     for setting in base $settings; do
         adapter=$([ "$setting" = base ] || echo "--adapter $runs/$setting-$seed/final")
-        job "$setting-$seed-greedy" "$world $adapter $measure --think-budgets 0 25 50 75 100"
-        job "$setting-$seed-sampled" "$world $adapter $measure --think-budgets 50 --eval-temperature 1"
+        job "$setting-$seed-greedy" "$world $adapter $measure"
+        job "$setting-$seed-sampled" "$world $adapter $measure --eval-only --think-budget 50 --eval-temperature 1"
     done
 done | all

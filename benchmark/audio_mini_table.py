@@ -27,8 +27,9 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from adrpo_audio_mmau import REWARDS, block, mmau_match, scaling
+from adrpo_audio_mmau import REWARDS, block, mmau_match
 from benchmark.mini_world_audio import RAMBLINGS
+from benchmark.mmau_scaling import scaling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -62,16 +63,16 @@ COLOURS = dict(
 )
 
 
-def read_evaluation(folder: Path, budget: int) -> dict:
+def read_evaluation(folder: Path) -> dict:
     """Figures of one model under one think budget; under "right" which questions it answered right,
     by id."""
-    facts = json.loads((folder / f"mmau-{budget:03d}.json").read_text())
-    said = json.loads((folder / "samples" / f"predictions-{budget:03d}.json").read_text())
+    facts = json.loads((folder / "summary.json").read_text())
+    said = json.loads((folder / "samples" / "predictions.json").read_text())
     scores = facts["scores"]
     found = {"total": scores["total"]["total"]["accuracy"]}
     found |= {task: score["accuracy"] for task, score in scores["task"].items()}
     found |= {"low": scores["total"]["total"]["low"], "high": scores["total"]["total"]["high"]}
-    found |= {name: facts["figures"][name] for name in (*REWARDS[1:], "reasoning_tokens")}
+    found |= {name: facts["final"][name] for name in (*REWARDS[1:], "reasoning_tokens")}
     thoughts = [block(row["completion"], "think") for row in said]
     rambles = np.array([any(sentence in thought for sentence in RAMBLINGS) for thought in thoughts])
     found["rambling"] = float(rambles.mean())
@@ -89,14 +90,17 @@ def read_all(runs: Path) -> tuple[dict, dict, list[str], list[int]]:
     budgets."""
     evaluations, training, commits, budgets = {}, {}, set(), set()
     for file in sorted(runs.glob("*/done")):
-        name, record = file.parent.name, json.loads((file.parent / "args.json").read_text())
-        commits.add(record["git_commit"][:8])
-        if name.endswith(WAYS):
-            setting, seed, way = name.rsplit("-", 2)
-            for budget in record["args"]["think_budgets"]:
+        name = file.parent.name
+        for arguments in file.parent.glob("**/args.json"):  # of a greedy one a run for each budget
+            record = json.loads(arguments.read_text())
+            commits.add(record["git_commit"][:8])
+            if name.endswith(WAYS):
+                setting, seed, way = name.rsplit("-", 2)
+                budget = record["args"]["think_budget"]
                 budgets.add(budget)
-                evaluations[setting, int(seed), way, budget] = read_evaluation(file.parent, budget)
-        else:
+                found = read_evaluation(arguments.parent)
+                evaluations[setting, int(seed), way, budget] = found
+        if not name.endswith(WAYS):
             setting, seed = name.rsplit("-", 1)
             rows = [
                 json.loads(line)
@@ -251,7 +255,8 @@ def scaling_table(evaluations: dict, budgets: list[int]) -> str:
                 )
                 cells.append(f"{accuracy:.1f} ({tokens:.0f} tokens)")
             fits = [scaling(points) for points in curves]
-            cells += [written([fit[name] for fit in fits], 3) for name in ("slope_pinned", "slope")]
+            for name in ("slope_pinned", "slope"):
+                cells.append(written([fit[name] or math.nan for fit in fits], 3))
             rows.append([title, *cells])
     return table(rows)
 

@@ -69,7 +69,8 @@ from transformers import (
 from transformers import Qwen2AudioForConditionalGeneration as Model
 from transformers.masking_utils import create_bidirectional_mask
 
-from adrpo_audio_mmau import REWARDS, SAMPLE_RATE, block, build_prompt, load_audio, score
+import adrpo_audio_mmau as script
+from adrpo_audio_mmau import REWARDS, SAMPLE_RATE, block, build_prompt, load_audio
 
 DIFFICULTIES = {"easy": 30.0, "medium": 14.0, "hard": 4.0}  # dB of sound over noise
 BUDGETS = (0, 25, 50, 100)  # words allowed for reasoning, in training and in the figures
@@ -687,7 +688,8 @@ def measure(
     counts, lengths = (
         [len(ids) for ids in processor.tokenizer(x).input_ids] for x in (texts, thoughts)
     )
-    values = score(texts, counts, rows, budget > 0, MAX_TOKENS)
+    args = script.Args(think_budget=budget, max_completion_length=MAX_TOKENS)
+    values = script.score(texts, counts, rows, {}, args)
     rambles = torch.tensor(
         [any(sentence in thought for sentence in RAMBLINGS) for thought in thoughts]
     )

@@ -1,5 +1,4 @@
-"""What a step of adrpo_audio_mmau.py costs, against the same step done the usual way, and against
-its network calls.
+"""What a step of adrpo_audio_mmau.py costs, against the same step done the usual way.
 
     python benchmark/speed_audio.py --modes lora full          # CPU, one thread, a Qwen2-Audio of
                                                                # 14 M parameters
@@ -11,21 +10,18 @@ its network calls.
                                                                # nothing
 
 A step is one question with its clip: 8 completions, reference, policy forward and backward,
-optimiser. No completion ends early, so all programs work on the same number of tokens. Seconds:
+optimiser. No completion ends early, so both programs work on the same number of tokens. Seconds:
 
     usual      stock transformers as in the open GRPO code for audio (R1-AQA, from which Ke-Omni-R
                comes; on TRL): the question and its clip are repeated for each completion, in
                generate() and again in both passes over prompt and completion, and the audio tower
                works on every copy. Stock computes the logits of all positions, of which those of
                the completion are used. Reading and preparing the clip included
-    script     charts/seconds_audio + charts/seconds_rollout + charts/seconds_update, as the
-               script's own `main` logs
-    floor      the script's network calls alone, on ready inputs: audio tower, reading the prompt,
-               one pass for each token, reference, policy forward and backward; no sampling, loss,
-               optimiser or bookkeeping
+    script     charts/seconds_rollout + charts/seconds_update, as the script's own `main` logs:
+               reading and preparing the clip included
 
 Neither counts the reward. Model, question, trained weights, precision and threads are the same. On
-the CPU the programs take turns, step by step, in this process; on a GPU they run one after the
+the CPU the two take turns, step by step, in this process; on a GPU they run one after the
 other, so that the peak memory is that of each alone. Medians over the steps after the first two; a
 ratio is only meaningful within one run.
 
@@ -36,15 +32,16 @@ the window is as long as the longest clip of --lengths. At 7B the usual way keep
 of 8 x 950 tokens: where that does not fit, --gradient-checkpointing.
 """
 
-import copy
 import dataclasses
 import gc
 import json
 import math
 import re
+import resource
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -222,32 +219,35 @@ def make_processor(omni: bool, seconds: int) -> transformers.ProcessorMixin:
 
 
 def use_random_weights(device: torch.device) -> None:
-    """Let the script's load_model make random weights, on the device and the same each time,
-    instead of reading them: 15 GB need no disk then. Nor does any completion end: the stop token
-    lies behind the vocabulary."""
+    """Let the script make random weights, on the device and the same each time, instead of reading
+    them: 15 GB need no disk then. Nor does any completion end: the stop token lies behind the
+    vocabulary."""
     for kind in (Qwen2AudioForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration):
 
-        def make(folder: str, dtype: torch.dtype, kind=kind) -> transformers.PreTrainedModel:
+        def make(folder: str, dtype: torch.dtype, kind=kind, **_) -> tuple:
             torch.manual_seed(0)
             with device:
-                return kind._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+                model = kind._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+            return model, {"missing_keys": [], "mismatched_keys": []}
 
         setattr(script, kind.__name__, SimpleNamespace(from_pretrained=make))
-    special_tokens = script.special_tokens
-    script.special_tokens = lambda model, processor: (
-        [vocabulary(model)],
-        special_tokens(model, processor)[1],
-    )
+    script.stop_tokens = lambda model, tokenizer: [vocabulary(model)]
+
+
+def load(flags: script.Args, device: torch.device) -> script.Policy:
+    """The models of a run, as the script's own `main` makes them."""
+    processor, source = AutoProcessor.from_pretrained(flags.model_id), (flags.model_id, None)
+    return script.load_policy(flags, source, processor, 1, device, flags.precision == "bf16")
 
 
 def vocabulary(model: torch.nn.Module) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def count(flags: script.Args, dtype: torch.dtype) -> dict[str, int]:
+def count(flags: script.Args, device: torch.device) -> dict[str, int]:
     """Parameters of the language model with its head, of the audio tower with its projection, and
     the trained ones."""
-    model = script.load_model(flags, dtype)[0]
+    model = load(flags, device).model
     total = {"language": 0, "audio": 0, "trained": 0}
     for name, parameter in model.named_parameters():
         part = "language" if "language_model" in name or "lm_head" in name else "audio"
@@ -261,7 +261,10 @@ def count(flags: script.Args, dtype: torch.dtype) -> dict[str, int]:
 
 
 def now(device: torch.device) -> float:
-    return script.synchronized_time(device)
+    """Wall clock in seconds, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Usual:
@@ -270,14 +273,10 @@ class Usual:
     def __init__(
         self, flags: script.Args, dtype: torch.dtype, device: torch.device, clip: Path
     ) -> None:
-        self.model, self.processor = script.load_model(flags, dtype)  # the same trained weights
-        # And stock's attention again.
-        script.language_model(self.model).set_attn_implementation("sdpa")
-        self.model.to(device)
-        self.frozen = None if flags.lora_rank else copy.deepcopy(self.model).requires_grad_(False)
-        self.trained = [
-            parameter for parameter in self.model.parameters() if parameter.requires_grad
-        ]
+        policy = load(flags, device)  # the same weights
+        self.model, self.frozen = policy.model, policy.reference
+        self.processor = AutoProcessor.from_pretrained(flags.model_id)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=flags.learning_rate, weight_decay=0.0, fused=True
         )
@@ -345,70 +344,6 @@ class Usual:
         return now(self.device) - start
 
 
-class Ready:
-    """A processor that has done its work before the clock starts."""
-
-    def __init__(
-        self, processor: transformers.ProcessorMixin, inputs: transformers.BatchFeature
-    ) -> None:
-        self.tokenizer, self.audio_token, self.inputs = (
-            processor.tokenizer,
-            processor.audio_token,
-            inputs,
-        )
-
-    def __call__(self, **_) -> transformers.BatchFeature:
-        return self.inputs
-
-
-class Floor:
-    """The network calls of one step of the script and nothing else."""
-
-    def __init__(
-        self, flags: script.Args, dtype: torch.dtype, device: torch.device, clip: Path
-    ) -> None:
-        model, processor = script.load_model(flags, dtype)
-        self.policy = script.Policy(model, script.special_tokens(model, processor)[1]).to(device)
-        self.frozen = None if flags.lora_rank else copy.deepcopy(self.policy).requires_grad_(False)
-        self.flags, self.dtype, self.device = flags, dtype, device
-        text = script.build_prompt(processor, ROW, flags.think_budget)
-        wave = script.load_audio(clip, flags.max_audio_seconds)
-        inputs = processor(
-            text=text, audio=[wave], sampling_rate=script.SAMPLE_RATE, return_tensors="pt"
-        ).to(device)
-        self.ready = Ready(processor, inputs)
-        self.tokens = torch.randint(
-            len(MARKS), vocabulary(model), (1, GROUP, flags.max_completion_length)
-        )
-        self.tokens = self.tokens.to(device)
-
-    def step(self) -> float:
-        """Seconds of a step."""
-        policy, tokens, device = self.policy, self.tokens, self.device
-        each, nothing = torch.arange(GROUP, device=device)[None], tokens.new_zeros(1, 0)
-        start = now(device)
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            with torch.no_grad():
-                prompt = script.embed_question(policy, self.ready, "", np.zeros(0), device)
-                embeds, lengths = script.pad([prompt], device)
-                positions = torch.arange(embeds.shape[1], device=device)[None]
-                shared = script.SharedPrompt(
-                    embeds.shape[1], GROUP, None, cache={}, room=tokens.shape[2]
-                )
-                policy(embeds, nothing, positions, shared, lengths[:, None] - 1)
-                for step in range(tokens.shape[2] - 1):
-                    shared.steps = step + 1
-                    after = (lengths + step)[:, None].expand(1, GROUP)
-                    policy(None, tokens[..., step], after, shared, each)
-            with script.reference_policy(policy, self.frozen) as reference:
-                script.completion_log_probabilities(reference, [prompt], tokens, 1.0)
-            logp, _ = script.completion_log_probabilities(policy, [prompt], tokens, 1.0)
-            logp.sum().backward()
-        for parameter in policy.parameters():
-            parameter.grad = None
-        return now(device) - start
-
-
 def run_script(flags: script.Args, take_turns) -> list[dict]:
     """What the script's own main logs for each step; `take_turns` is called in each, outside of
     what it times."""
@@ -443,7 +378,7 @@ def measure_alone(program: type, arguments: tuple, steps: int) -> tuple[list[flo
     clear_gpu()
     running = program(*arguments)
     seconds = [running.step() for _ in range(steps)]
-    return seconds, script.peak_memory_gb(torch.device("cuda"))
+    return seconds, torch.cuda.max_memory_allocated() / 1e9
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -496,32 +431,22 @@ def compare(
             gradient_checkpointing=args.gradient_checkpointing,
             **({} if mode == "lora" else {"lora_rank": 0}),
         )
-        parameters, arguments = count(flags, dtype), (flags, dtype, device, clip)
-        programs, seconds, peaks = {"usual": Usual, "floor": Floor}, {"usual": [], "floor": []}, {}
+        parameters, arguments = count(flags, device), (flags, dtype, device, clip)
+        peaks = {}
         if args.gpu:
-            for name, program in programs.items():
-                seconds[name], peaks[name] = measure_alone(program, arguments, args.steps)
+            usual, peaks["usual"] = measure_alone(Usual, arguments, args.steps)
             clear_gpu()
             rows = run_script(flags, lambda: None)
             peaks["script"] = rows[-1]["charts/peak_memory_gb"]
         else:
-            running = {name: program(*arguments) for name, program in programs.items()}
-            ready = len(
-                script.embed_question(
-                    running["floor"].policy, running["floor"].ready, "", noise, device
-                )
-            )
-            assert ready == prompt_length, f"the prompt has {ready} tokens"
-            rows = run_script(
-                flags, lambda: [seconds[name].append(one.step()) for name, one in running.items()]
-            )
-            peaks["process"] = rows[-1]["charts/peak_memory_gb"]
-    parts = {
-        part: [row[f"charts/seconds_{part}"] for row in rows]
-        for part in ("audio", "rollout", "update")
-    }
-    seconds["script"] = [sum(step) for step in zip(*parts.values(), strict=True)]
-    median = {name: statistics.median(steps[WARM_UP:]) for name, steps in (seconds | parts).items()}
+            usual, program = [], Usual(*arguments)
+            rows = run_script(flags, lambda: usual.append(program.step()))
+            peaks["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    parts = ("rollout", "update")
+    seconds = {part: [row[f"charts/seconds_{part}"] for row in rows] for part in parts}
+    seconds["script"] = [sum(step) for step in zip(*seconds.values(), strict=True)]
+    seconds["usual"] = usual
+    median = {name: statistics.median(steps[WARM_UP:]) for name, steps in seconds.items()}
     case = {
         "prompt": prompt_length,
         "sound": sound,
@@ -529,11 +454,8 @@ def compare(
         "group": GROUP,
         "mode": mode,
     }
-    case |= {name: median[name] for name in ("usual", "script", *parts, "floor")}
-    case |= {
-        "usual/script": median["usual"] / median["script"],
-        "script/floor": median["script"] / median["floor"],
-    }
+    case |= {name: median[name] for name in ("usual", "script", *parts)}
+    case["usual/script"] = median["usual"] / median["script"]
     return case | {"peak_gb": peaks, "parameters": parameters}
 
 

@@ -5,6 +5,9 @@ No downloads."""
 
 import ast
 import contextlib
+import copy
+import csv
+import dataclasses
 import inspect
 import io
 import json
@@ -30,6 +33,8 @@ import pytest
 import soundfile
 import soxr
 import torch
+import tyro
+from filelock import FileLock
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -45,6 +50,7 @@ from transformers import (
 
 import adrpo_audio_mmau as mmau
 import adrpo_grpo_llm as llm
+from benchmark import mmau_scaling
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,18 +190,38 @@ def run_script(*flags):
     return code, out.getvalue(), err.getvalue()
 
 
+def replaced(flags, *others):
+    """These flags with others, each with its values, in place of those of the same name."""
+    found = {}
+    for word in map(str, (*flags, *others)):
+        if word.startswith("--"):
+            name = word.replace("_", "-")
+            found[name] = []
+        else:
+            found[name].append(word)
+    return [word for name, values in found.items() for word in (name, *values)]
+
+
 def finish(*flags):
-    code, out, err = run_script(*flags)
+    code, out, err = run_script(*replaced(flags))
     assert code == 0, (code, err[-2000:])
     return out
 
 
 def refused(*flags):
-    code, _, err = run_script(*flags)
+    code, _, err = run_script(*replaced(flags))
     assert isinstance(code, str), (code, err[-500:])
     assert code.startswith("error: ")
     assert len(code.splitlines()) == 1
     return code
+
+
+def run_in_two_processes(*flags):
+    launcher = "import torch.distributed.run as launcher; launcher.main()"
+    command = [sys.executable, "-c", launcher, "--standalone", "--nproc-per-node", "2", SCRIPT]
+    command = [*map(str, command), *replaced(flags)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def read_metrics(run, timing=False):
@@ -360,17 +386,22 @@ def test_scores_against_a_loop_and_a_missing_prediction_is_wrong():
             # z is 1.96
             assert (got["low"], got["high"]) == pytest.approx([100 * x for x in interval], abs=1e-2)
     assert 0 < scores["total"]["total"]["right"] < 45
+    assert list(mmau.mmau_scores([rows[0] | {"task": ["a", 1]}], {})["task"]) == ["['a', 1]"]
     table = mmau.score_table(scores)
     assert all(line.count("|") == 6 for line in table.splitlines())
     assert f"| total | {scores['total']['total']['accuracy']:.2f} |" in table
 
 
-@pytest.mark.parametrize("right,count", [(0, 7), (7, 7), (3, 11), (500, 1000), (1, 1)])
+COUNTS = [(0, 7), (7, 7), (3, 11), (500, 1000), (1, 1), *[(n, n) for n in range(2, 40)]]
+
+
+@pytest.mark.parametrize("right,count", COUNTS)
 def test_wilson_is_scipys(right, count):
     z = stats.norm.ppf(0.975)
     interval = stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
-    assert mmau.wilson(right, count, z) == pytest.approx(tuple(interval), abs=1e-12)
-    assert all(math.isnan(x) for x in mmau.wilson(0, 0))
+    low, high = mmau.wilson(right, count, z)
+    assert (low, high) == pytest.approx(tuple(interval), abs=1e-12)
+    assert 0 <= low <= right / count <= high <= 1  # also after rounding: a figure draws the gaps
 
 
 BLOCKS = [
@@ -444,7 +475,8 @@ def test_rewards_by_hand_and_their_bounds():
     # first then; so; pitch noise rhythm tempo
     assert mmau.reward_keywords(text) == pytest.approx(2 / 3 + 1 / 3 + 1)
     assert mmau.reward_overthinking(3, 12) == 0.75
-    values = mmau.score([text, "nothing"], [3, 12], [row, row], True, 12)
+    args = mmau.Args(max_completion_length=12)
+    values = mmau.score([text, "nothing"], [3, 12], [row, row], {}, args)
     torch.testing.assert_close(values, torch.tensor([[1, 1, 0.25, 2, 0.75], [0, 0, 0, 0, 0]]))
     assert values.dtype == torch.float32
     same = "<think>owl crow bird</think><answer>owl crow bird</answer>"
@@ -470,7 +502,7 @@ def test_scaling_against_lstsq_and_the_sweet_spot():
         for b in budgets
     ]
     x, y = (np.array([p[name] for p in points]) for name in ("tokens", "accuracy"))
-    got = mmau.scaling(points)
+    got = mmau_scaling.scaling(points)
     assert got["slope"] == pytest.approx(
         np.linalg.lstsq(np.stack([x, np.ones(5)], 1), y, rcond=None)[0][0]
     )
@@ -479,10 +511,10 @@ def test_scaling_against_lstsq_and_the_sweet_spot():
     )
     assert got["sweet_spot_accuracy"] == max(y)
     assert got["sweet_spot_tokens"] == x[y.argmax()]
-    assert math.isnan(mmau.scaling([point for point in points if point["budget"]])["slope_pinned"])
-    flat = mmau.scaling([{"budget": b, "tokens": 0.0, "accuracy": 50.0} for b in (0, 25)])
-    assert math.isnan(flat["slope"])
-    assert math.isnan(flat["slope_pinned"])
+    without = mmau_scaling.scaling([point for point in points if point["budget"]])
+    assert without["slope_pinned"] is None
+    flat = mmau_scaling.scaling([{"budget": b, "tokens": 0.0, "accuracy": 50.0} for b in (0, 25)])
+    assert flat["slope"] is flat["slope_pinned"] is None
 
 
 # -------------------------------------------------------------------- B. against stock transformers
@@ -496,34 +528,36 @@ ASKED = [
 
 
 class Setup(SimpleNamespace):
-    """policy, processor, banned, device; inputs: the stock processor's, one a question; prompts:
-    the script's own."""
+    """policy, processor, args, banned; texts, waves; inputs: the stock processor's, one a question;
+    batch: the script's own, of all of them."""
 
 
-def prepare(folder, *, rank=0, checkpointing=False, asked=ASKED):
+def prepare(folder, *, rank=0, asked=ASKED, **flags):
     """The policy as the script builds it, its LoRA not zero, and some questions."""
-    args = mmau.Args(model_id=str(folder), lora_rank=rank, gradient_checkpointing=checkpointing)
+    args = mmau.Args(model_id=str(folder), lora_rank=rank, max_completion_length=10, **flags)
     torch.manual_seed(4)
-    model, processor = mmau.load_model(args, torch.float32)
-    for name, parameter in model.named_parameters():
+    processor = AutoProcessor.from_pretrained(folder)
+    texts, waves, inputs = [], [], []
+    for seed, (seconds, question, choices) in enumerate(asked):
+        waves.append(sound(seconds, seed))
+        row = {"question": question, "choices": CHOICES[:choices]}
+        texts.append(mmau.build_prompt(processor, row, 50))
+        options = {"sampling_rate": 16000, "return_tensors": "pt"}
+        inputs.append(processor(text=texts[-1], audio=waves[-1:], **options))
+    batch = mmau.encode(AutoProcessor.from_pretrained(folder), texts, waves)
+    longest = batch["input_ids"].shape[1]
+    policy = mmau.load_policy(args, (str(folder), None), processor, longest, CPU, False)
+    for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    _, banned = mmau.special_tokens(model, processor)
-    policy = mmau.Policy(model, banned)
-    stock_processor, inputs, prompts = AutoProcessor.from_pretrained(folder), [], []
-    for seed, (seconds, question, choices) in enumerate(asked):
-        wave, row = sound(seconds, seed), {"question": question, "choices": CHOICES[:choices]}
-        text = mmau.build_prompt(processor, row, 50)
-        inputs.append(
-            stock_processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
-        )
-        prompts.append(mmau.embed_question(policy, processor, text, wave, CPU))
-    return Setup(policy=policy, processor=processor, banned=banned, inputs=inputs, prompts=prompts)
+    banned = mmau.placeholders(processor)
+    own = {"texts": texts, "waves": waves, "inputs": inputs, "batch": batch}
+    return Setup(policy=policy, processor=processor, args=args, banned=banned, **own)
 
 
-def stock_copy(family, folder, policy, attention="sdpa"):
-    """The policy's weights in a stock model that knows nothing of shared prompts."""
-    model = STOCK[family].from_pretrained(folder, attn_implementation=attention)
+def stock_copy(family, folder, policy):
+    """The policy's weights in a stock model."""
+    model = STOCK[family].from_pretrained(folder)
     if isinstance(policy.model, peft.PeftModel):
         model = peft.get_peft_model(model, policy.model.peft_config["default"])
     model.load_state_dict(policy.model.state_dict())
@@ -547,6 +581,20 @@ def plain(model, inputs, completions, banned, temperature):
     return logp, entropy
 
 
+def trained_passes(it, completions, mask, temperature):
+    """The script's log-probabilities and entropies of completions [B,G,C], and a backward pass from
+    the former, weighted."""
+    policy = it.policy._replace(temperature=temperature)
+    batch = mmau.Batch(it.batch, completions.flatten(0, 1), mask.flatten(0, 1))
+    logp, entropy = torch.zeros(batch.kept.shape), torch.zeros(batch.kept.shape)
+    factors = mask.flatten(0, 1) * numbers(*mask.shape, seed=9).flatten(0, 1)
+    for at, some, spread in mmau.completion_passes(policy, policy.model, batch, it.args):
+        logp[at], entropy[at] = some.detach(), spread
+        if some.requires_grad:
+            (some * factors[at]).sum().backward()
+    return logp.view(mask.shape), entropy.view(mask.shape)
+
+
 def ragged(rows=3, group=3, size=5, seed=0):
     """Completions [B,G,C] and their mask, of 1 to C tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -560,38 +608,25 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def weighted(logp, mask):
-    return (logp * mask * numbers(*mask.shape, seed=9)).sum()
-
-
-def read_prompts(policy, prompts):
-    """The Policy's logits at every place of prompts that share one length, float32 [B,L,V]."""
-    nothing = torch.zeros(len(prompts), 0, dtype=torch.long)
-    embeds, lengths = mmau.pad(prompts, CPU)
-    shared = mmau.SharedPrompt(
-        embeds.shape[1], 1, mmau.padding_of(lengths, embeds.shape[1]), cache={}, room=1
-    )
-    positions = torch.arange(embeds.shape[1]).expand(len(prompts), -1)
-    return policy(embeds, nothing, positions, shared, positions)
+def roll(it, chance, temperature=1.0, stop=STOP, at_once=64):
+    """The script's tokens, mask and log-probabilities, [B,G,C] each."""
+    policy = it.policy._replace(temperature=temperature, stop=stop)
+    parts = mmau.rollout(policy, it.batch, chance, at_once)
+    return [part.unflatten(0, chance.shape[:2]) for part in parts]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_it_reads_what_the_stock_model_reads(models, family, rank):
-    it = prepare(models[family], rank=rank)
-    stock, found = stock_copy(family, models[family], it.policy), []
-    decoder = (stock.get_base_model() if rank else stock).model.language_model
-    decoder.register_forward_pre_hook(
-        lambda _, args, named: found.append(named["inputs_embeds"]), with_kwargs=True
-    )
-    for one, prompt in zip(it.inputs, it.prompts, strict=True):
-        expected = stock(**one).logits
-        assert torch.equal(found[-1][0], prompt)
-        got = read_prompts(it.policy, [prompt])
-        expected[..., it.banned] = -1e9
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert len({len(prompt) for prompt in it.prompts}) == 3
+def test_it_reads_what_the_stock_model_reads(models, family):
+    """Clips of different lengths in one batch, against each alone."""
+    it = prepare(models[family], rank=4)
+    stock = stock_copy(family, models[family], it.policy)
+    got, cache = mmau.read_prompts(it.policy.model, it.batch)
+    assert got.shape[:2] == (3, 1)
+    for logits, one in zip(got, it.inputs, strict=True):
+        torch.testing.assert_close(logits, stock(**one).logits[0, -1:], rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == it.batch["input_ids"].shape[1]
+    assert len({one["input_ids"].shape[1] for one in it.inputs}) == 3
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.97, 300])
@@ -603,7 +638,7 @@ def test_omnis_window_of_300_seconds_is_not_filled_and_the_spectrogram_stays_the
     )
     wave = np.tile(sound(min(seconds, 2)), 150)[: round(seconds * 16000)]
     text = mmau.build_prompt(processor, {"question": "?", "choices": CHOICES}, 50)
-    got = mmau.embed_question(lambda audio_inputs: [audio_inputs], processor, text, wave, CPU)
+    got = mmau.encode(processor, [text], [wave])
     stock = processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
     assert (
         got["input_features"].shape[2] <= 100 * seconds + 5 < stock["input_features"].shape[2] + 6
@@ -615,53 +650,23 @@ def test_omnis_window_of_300_seconds_is_not_filled_and_the_spectrogram_stays_the
     assert torch.equal(got["input_ids"], stock["input_ids"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_hearing_passes_through_the_wrapped_forward_and_leaves_nothing_behind(models, family, rank):
-    """FSDP gathers weights in hooks of what it wraps: each module entered must be left, the policy
-    first and last."""
-    it, calls = prepare(models[family], rank=rank), []
-    for module in it.policy.modules():
-        module.register_forward_pre_hook(lambda module, *_: calls.append((module, "in")))
-        module.register_forward_hook(lambda module, *_: calls.append((module, "out")))
-    before = {module: set(vars(module)) for module in it.policy.modules()}
-    text, wave = (
-        mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50),
-        sound(1),
-    )
-    heard = mmau.embed_question(it.policy, it.processor, text, wave, CPU)
-    assert not heard.requires_grad
-    assert calls[0] == (it.policy, "in")
-    assert calls[-1] == (it.policy, "out")
-    entered = [module for module, way in calls if way == "in"]
-    assert sorted(map(id, entered)) == sorted(id(module) for module, way in calls if way == "out")
-    assert any("Encoder" in type(module).__name__ for module in entered)
-    assert not set(entered) & set(mmau.language_model(it.policy.model).layers)
-    assert {module: set(vars(module)) for module in it.policy.modules()} == before
-    assert torch.equal(heard, mmau.embed_question(it.policy, it.processor, text, wave, CPU))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_hears(models, family):
     it = prepare(models[family])
     text = mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50)
     waves = [sound(1, 0), sound(1, 1), np.zeros(16000, "float32"), sound(1, 0)]
-    prompts = [mmau.embed_question(it.policy, it.processor, text, wave, CPU) for wave in waves]
-    (ids,) = it.processor(text=text, audio=waves[:1], sampling_rate=16000, return_tensors="pt")[
-        "input_ids"
-    ]
-    heard = ids == it.processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    inputs = mmau.encode(it.processor, [text] * 4, waves)
+    assert all(torch.equal(ids, inputs["input_ids"][0]) for ids in inputs["input_ids"])
+    heard = inputs["input_ids"][0] == it.processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
     assert heard.sum() == 25  # one for every 40 ms
-    answers = [read_prompts(it.policy, [prompt])[0, -1] for prompt in prompts]
+    answers, _ = mmau.read_prompts(it.policy.model, inputs)
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert torch.equal(prompts[one][~heard], prompts[other][~heard])
-        assert ((prompts[one] - prompts[other])[heard].norm(dim=1) > 0.1).all()
         assert (answers[one] - answers[other]).abs().max() > 0.1
-    assert torch.equal(prompts[0], prompts[3])
-    assert torch.equal(answers[0], answers[3])
+    torch.testing.assert_close(answers[0], answers[3])
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_in_the_audio_tower_is_off(models, tmp_path, family):
     folder = tmp_path / "model"
@@ -670,29 +675,30 @@ def test_dropout_in_the_audio_tower_is_off(models, tmp_path, family):
     drops = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
     config["audio_config"] |= dict.fromkeys(drops, 0.5)
     (folder / "config.json").write_text(json.dumps(config))
-    for one, other in zip(prepare(folder).prompts, prepare(models[family]).prompts, strict=True):
+    completions, mask = ragged()
+    for checkpointing in (False, True):
+        both = [prepare(f, gradient_checkpointing=checkpointing) for f in (folder, models[family])]
+        one, other = (trained_passes(it, completions, mask, 1.0)[0] for it in both)
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_processor_that_makes_nothing_of_the_clip_is_an_error(models, family):
-    it = prepare(models[family])
-    text, wave = (
-        mmau.build_prompt(it.processor, {"question": "Who?", "choices": CHOICES}, 50),
-        sound(1),
-    )
+    processor = AutoProcessor.from_pretrained(models[family])
+    text = mmau.build_prompt(processor, {"question": "Who?", "choices": CHOICES}, 50)
 
     class Deaf:
-        tokenizer, audio_token = it.processor.tokenizer, it.processor.audio_token
+        tokenizer, audio_token = processor.tokenizer, processor.audio_token
 
         def __call__(self, text, **_):
-            return it.processor(text=text.replace("<|AUDIO|>", ""), return_tensors="pt")
+            texts = [one.replace("<|AUDIO|>", "") for one in text]
+            return processor(text=texts, return_tensors="pt")
 
     with pytest.raises(mmau.InputError, match="no audio features"):
-        mmau.embed_question(it.policy, Deaf(), text, wave, CPU)
+        mmau.encode(Deaf(), [text], [sound(1)])
     # a template without a place for the clip
     with pytest.raises(mmau.InputError, match="no audio features"):
-        mmau.embed_question(it.policy, it.processor, text.replace("<|AUDIO|>", ""), wave, CPU)
+        mmau.encode(processor, [text.replace("<|AUDIO|>", "")], [sound(1)])
 
 
 def test_the_thinker_of_a_whole_omni_folder(models, tmp_path):
@@ -709,53 +715,42 @@ def test_the_thinker_of_a_whole_omni_folder(models, tmp_path):
     assert config["model_type"] == "qwen2_5_omni_thinker"
     Qwen2_5OmniConfig(thinker_config=config).save_pretrained(whole)
     assert json.loads((whole / "config.json").read_text())["model_type"] == "qwen2_5_omni"
-    one, other = prepare(models["omni"]), prepare(whole)
-    torch.testing.assert_close(one.policy.state_dict(), other.policy.state_dict(), rtol=0, atol=0)
-    assert one.banned == other.banned
-    with torch.no_grad():
-        assert torch.equal(*(read_prompts(it.policy, it.prompts[:1]) for it in (one, other)))
+    one, other = prepare(models["omni"]).policy, prepare(whole).policy
+    states = one.model.state_dict(), other.model.state_dict()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert one.stop == other.stop
+    assert torch.equal(one.unreadable, other.unreadable)
 
 
-# ----------------------------------------------------------------------------------- C. shared rows
+# --------------------------------------------------------------- C. rollout, training pass and loss
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_shared_rows_are_separate_sequences(models, family, rank):
+def test_the_training_passes_are_separate_sequences(models, family, rank):
+    """Log-probabilities, entropies and gradients, of clips of different lengths, however the passes
+    are cut, and with gradient checkpointing."""
     completions, mask = ragged()
     it = prepare(models[family], rank=rank)
     trained = {name for name, p in it.policy.model.named_parameters() if p.requires_grad}
     stock = stock_copy(family, models[family], it.policy)
     expected, spread = plain(stock, it.inputs, completions, it.banned, 0.7)
-    weighted(expected, mask).backward()
+    (expected * mask * numbers(*mask.shape, seed=9)).sum().backward()
     theirs = {name: value for name, value in gradients(stock).items() if name in trained}
     assert trained == set(theirs)
     assert all((value != 0).any() for value in theirs.values())
-    for checkpointing in (False, True):
-        it = prepare(models[family], rank=rank, checkpointing=checkpointing)
-        logp, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, completions, 0.7)
+    longest = it.policy.lengths[0]
+    for flags in ({}, {"train_tokens": 2 * longest}, {"train_tokens": 20}):
+        it = prepare(models[family], rank=rank, **flags)
+        logp, entropy = trained_passes(it, completions, mask, 0.7)
         torch.testing.assert_close(logp[mask], expected[mask], rtol=1e-5, atol=5e-5)
         torch.testing.assert_close(entropy[mask], spread[mask], rtol=1e-4, atol=5e-5)
-        weighted(logp, mask).backward()
         torch.testing.assert_close(gradients(it.policy.model), theirs, rtol=1e-3, atol=2e-4)
-    assert not entropy.requires_grad
+    it = prepare(models[family], rank=rank, gradient_checkpointing=True)
+    logp, _ = trained_passes(it, completions, mask, 0.7)
+    torch.testing.assert_close(logp[mask], expected[mask], rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(gradients(it.policy.model), theirs, rtol=1e-3, atol=2e-4)
     assert logp[mask].std() > 1
-
-
-def test_logits_in_pieces_change_nothing(models, monkeypatch):
-    completions, mask = ragged()
-    results, calls, piece = [], [], mmau.recompute
-    monkeypatch.setattr(
-        mmau, "recompute", lambda *a, **options: calls.append(1) or piece(*a, **options)
-    )
-    for size in (2**26, 363 * 10):
-        monkeypatch.setattr(mmau, "LOGITS_AT_ONCE", size)
-        it = prepare(models["omni"], rank=4)
-        logp, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, completions, 1.3)
-        weighted(logp, mask).backward()
-        results.append((logp, entropy, gradients(it.policy)))
-    assert len(calls) == 5  # 45 places, 10 at once
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -764,11 +759,12 @@ def test_logits_in_pieces_change_nothing(models, monkeypatch):
 def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
     asked = [(0.2 + 0.1 * i, f"What? {'you ' * (i * 5 % 7)}", 1 + i % 4) for i in range(9)]
     it = prepare(models[family], rank=rank, asked=asked)
+    assert it.policy.static is not None
     head = it.policy.model.get_output_embeddings().weight
     # one of them is the likeliest
     head[it.banned[0]], head[it.banned[1]] = numbers(32) * 3, numbers(32) * -3
     stock = stock_copy(family, models[family], it.policy)
-    tokens, mask, logp = mmau.rollout(it.policy, it.prompts, uniforms(9, 2, 10), STOP, 0)
+    tokens, mask, logp = roll(it, uniforms(9, 2, 10), 0.0, at_once=4)
     options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": STOP, "pad_token_id": 0}
     lengths, wanted = set(), 0
     for i, one in enumerate(it.inputs):
@@ -779,7 +775,7 @@ def test_greedy_rollouts_are_those_of_stock_generate(models, family, rank):
         lengths.add(len(expected))
     assert wanted > 5  # without the ban these would have been said
     assert len(lengths) > 2
-    trained, _ = mmau.completion_log_probabilities(it.policy, it.prompts, tokens, 1.0)
+    trained, _ = trained_passes(it, tokens, mask, 1.0)
     torch.testing.assert_close(logp[mask], trained[mask], rtol=1e-4, atol=5e-5)
 
 
@@ -806,19 +802,30 @@ def slow_completion(model, inputs, chance, banned, temperature):
 def test_sampled_rollouts_against_a_slow_loop(models, family, rank, temperature):
     it = prepare(models[family], rank=rank)
     stock, chance = stock_copy(family, models[family], it.policy), uniforms(3, 5, 10)
-    tokens, mask, logp = mmau.rollout(it.policy, it.prompts, chance, STOP, temperature)
+    tokens, mask, logp = roll(it, chance, temperature)
     for i, one in enumerate(it.inputs):
         for j in range(5):
             expected = slow_completion(stock, one, chance[i, j], it.banned, temperature)
             assert tokens[i, j][mask[i, j]].tolist() == expected
-        own, kept, _ = mmau.rollout(
-            it.policy, it.prompts[i : i + 1], chance[i : i + 1], STOP, temperature
-        )
-        assert torch.equal(kept[0], mask[i, :, : kept.shape[2]])
-        assert torch.equal(own[0], tokens[i, :, : own.shape[2]])
+    alone, kept, _ = roll(it, chance, temperature, at_once=1)
+    assert torch.equal(kept, mask)
+    assert torch.equal(alone[kept], tokens[mask])
     assert len(set(mask.sum(2).flatten().tolist())) > 2
-    trained, _ = mmau.completion_log_probabilities(it.policy, it.prompts, tokens, temperature)
+    trained, _ = trained_passes(it, tokens, mask, temperature)
     torch.testing.assert_close(logp[mask], trained[mask], rtol=1e-4, atol=5e-5)
+
+
+@torch.no_grad()
+def test_padding_a_batch_full_changes_nothing(models):
+    """As on a GPU: every batch has one shape, for which `generate` is compiled."""
+    it, chance = prepare(models["omni"]), uniforms(3, 2, 10)
+    tokens, mask, _ = roll(it, chance)
+    lengths = it.policy.lengths[0] + 7, 10
+    it.policy = it.policy._replace(full=True, lengths=lengths, static={})
+    full, kept, _ = roll(it, chance, at_once=2)
+    assert torch.equal(kept, mask)
+    assert torch.equal(full[kept], tokens[mask])
+    assert [*it.policy.static] == [(4, sum(lengths))]
 
 
 @torch.no_grad()
@@ -831,32 +838,32 @@ def test_banned_tokens_are_never_sampled(models):
     head = it.policy.model.get_output_embeddings().weight
     for token in it.banned:
         head[token] = numbers(32, seed=token) * 3
-    tokens, _, logp = mmau.rollout(it.policy, it.prompts, uniforms(3, 64, 12), [], 5.0)
+    tokens, mask, logp = roll(it, uniforms(3, 64, 10), 5.0)
     assert not torch.isin(tokens, torch.tensor(it.banned)).any()
     assert logp.isfinite().all()
-    _, entropy = mmau.completion_log_probabilities(it.policy, it.prompts, tokens[:, :2], 5.0)
+    _, entropy = trained_passes(it, tokens[:, :2], mask[:, :2], 5.0)
     assert entropy.isfinite().all()
 
 
-REPEATED = (
-    "token_log_probabilities group_advantage adaptive_beta kl_k3 grpo_loss choose_tokens "
-    "micro_batches"
-)
-REPEATED += (
-    " draw_prompts seed_everything reference_policy SharedPrompt attend shared_prompt_attention "
-    "padding_of"
-)
-REPEATED += (
-    " coefficient_statistics my_share save_checkpoint load_checkpoint training_state "
-    "restore_training_state"
-)
-REPEATED += " keep_metrics find_run create_run"
+def test_trained_are_the_layers_and_the_head_of_the_language_model(models):
+    for family in FAMILIES:
+        model = prepare(models[family]).policy.model
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        ours = re.compile(r"model\.language_model\.(layers|norm)\..*|lm_head\.weight")
+        assert trained == {name for name in model.state_dict() if ours.fullmatch(name)}
 
 
-@pytest.mark.parametrize("name", REPEATED.split())
+OF_TEXT = "group_advantage adaptive_beta kl_k3 grpo_loss adrpo_statistics seed_everything"
+OF_TEXT += " draw_prompts scaled_logits ChooseByUniform read_completions token_log_probabilities"
+OF_TEXT += " reference_log_probabilities load_plugin find_model load_verified load_adapter"
+OF_TEXT += " renew_sampler stop_tokens create_run find_run lock_run log write_safely"
+OF_TEXT += " load_checkpoint training_state restore save_model choose_dtype InputError"
+
+
+@pytest.mark.parametrize("name", OF_TEXT.split())
 def test_what_the_text_script_has_too_is_the_same(name):
-    """That script's loss and gradients are compared with TRL's in its tests; and copies must not
-    drift apart."""
+    """The text script's loss and gradients are compared with TRL's in its tests; and copies must
+    not drift apart."""
     assert inspect.getsource(getattr(mmau, name)) == inspect.getsource(getattr(llm, name))
 
 
@@ -900,12 +907,12 @@ def trl_trainer(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_of_grpo_is_trls(models, trl_trainer, family):
-    it, (completions, mask) = prepare(models[family], rank=4), ragged(rows=2, group=4)
-    prompts, rewards = it.prompts[:2], numbers(2, 4, seed=5)
-    logp, entropy = mmau.completion_log_probabilities(it.policy, prompts, completions, 1.0)
-    with mmau.reference_policy(it.policy, None) as reference:
-        ref_logp, _ = mmau.completion_log_probabilities(reference, prompts, completions, 1.0)
-    logp, ref_logp, kept, entropy = (part.flatten(0, 1) for part in (logp, ref_logp, mask, entropy))
+    it, (completions, kept) = prepare(models[family], rank=4), ragged(rows=2, group=4)
+    rewards = numbers(2, 4, seed=5)
+    completions, kept = completions.flatten(0, 1), kept.flatten(0, 1)
+    batch = mmau.Batch(mmau.take(it.batch, slice(0, 2)), completions, kept)
+    ((_, logp, entropy),) = mmau.completion_passes(it.policy, it.policy.model, batch, it.args)
+    ref_logp = mmau.reference_log_probabilities(it.policy, batch, it.args)
     old = logp.detach() + 0.2 * numbers(*logp.shape, seed=6)
     advantage = mmau.group_advantage(rewards).flatten()
     loss = mmau.grpo_loss(logp, old, ref_logp, advantage, torch.full((8,), 0.04), kept, 0.2)
@@ -917,7 +924,7 @@ def test_the_loss_of_grpo_is_trls(models, trl_trainer, family):
         "prompt_mask": torch.ones(8, 1, dtype=torch.long),
     }
     batch |= {
-        "completion_ids": completions.flatten(0, 1),
+        "completion_ids": completions,
         "completion_mask": kept.long(),
         "advantages": advantage,
     }
@@ -994,22 +1001,21 @@ def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
         for path in run.rglob("*")
         if path.is_file() and "tfevents" not in path.name
     }
-    expected = {
-        "args.json",
-        "metrics.jsonl",
-        "summary.json",
-        "checkpoints/000001.pt",
-        "checkpoints/000002.pt",
-    }
+    expected = {"args.json", "metrics.jsonl", "summary.json", "mmau.md", ".lock"}
+    expected |= {"checkpoint.pt", "checkpoint-previous.pt"}
     expected |= {f"samples/{step:06d}.json" for step in range(3)} | {"final/tokenizer.json"}
     expected |= {"final/config.json" if kind == "full" else "final/adapter_config.json"}
-    assert expected == {name for name in names if not name.startswith("final/") or name in expected}
-    assert (
-        "6 training questions, 3 for evaluation; 0 clips are cut to 4 s; stop tokens ['<|im_end|>']"
-        in out
-    )
+    if kind != "full":
+        expected |= {f"adapters/{step:06d}/adapter_model.safetensors" for step in (1, 2)}
+        kept = load_file(run / "adapters/000002/adapter_model.safetensors")
+        torch.testing.assert_close(kept, weights(run), rtol=0, atol=0)
+    exported = ("final/", "adapters/")
+    assert expected == {name for name in names if not name.startswith(exported) or name in expected}
+    assert "6 training questions, 3 for evaluation; 0 clips are cut to 4 s" in out
+    assert "stop tokens ['<|im_end|>']" in out
     assert str(run / "final") in out
     rows = read_metrics(run, timing=True)
+    read_strictly(run)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[1]["kl"] == rows[1]["losses/divergence"] == rows[1]["clip_ratio/region_mean"] == 0
     assert rows[2]["kl"] > 0
@@ -1067,17 +1073,16 @@ def test_a_run_leaves_everything_behind(runs, base, models, files, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_reloads_in_stock_libraries_with_identical_logits(models, runs, kind):
-    run, folder = runs[kind][0], models[KIND_MODELS[kind]]
-    family = KIND_MODELS[kind].removeprefix("says ")
-    stock = STOCK[family].from_pretrained(run / "final" if kind == "full" else folder)
-    if kind != "full":
-        stock = peft.PeftModel.from_pretrained(stock, run / "final")
+    (run, out), folder = runs[kind], models[KIND_MODELS[kind]]
+    family, space = KIND_MODELS[kind].removeprefix("says "), {}
+    exec(out.split("To use the result:\n")[1], space)  # the lines that the run has printed
+    stock = space["model"]
+    assert stock.dtype == torch.float32
     it = prepare(folder, rank=0 if kind == "full" else 4)
-    state = mmau.load_checkpoint(run)["model"]
-    missing, unexpected = it.policy.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) == {name for name, p in it.policy.named_parameters() if not p.requires_grad}
-    mmau.language_model(it.policy.model).set_attn_implementation("sdpa")
+    trained = {name for name, p in it.policy.model.named_parameters() if p.requires_grad}
+    state = mmau.load_checkpoint(run)["weights"]
+    assert set(state) == trained
+    assert not it.policy.model.load_state_dict(state, strict=False).unexpected_keys
     for one in it.inputs:
         expected = stock(**one).logits
         assert torch.equal(expected, it.policy.model.eval()(**one).logits)
@@ -1130,21 +1135,21 @@ def test_an_iteration_is_the_textbook_on_stock_models(
     )
 
     mmau.seed_everything(1)
-    model, processor = mmau.load_model(mmau.Args(model_id=str(folder), lora_rank=4), torch.float32)
-    stop, banned = mmau.special_tokens(model, processor)
-    policy, inputs, embeds = mmau.Policy(model, banned), [], []
+    processor, source = AutoProcessor.from_pretrained(folder), (str(folder), None)
+    args = mmau.Args(lora_rank=4, temperature=0.9, max_completion_length=12)
+    policy = mmau.load_policy(args, source, processor, 200, CPU, False)
+    banned, inputs, texts, waves = mmau.placeholders(processor), [], [], []
     model, reference = (stock_copy(family, folder, policy) for _ in range(2))
     every = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
-    rows = [every[i] for i in mmau.draw_prompts(6, 2, 0, 1)]
+    rows = [every[row] for row in mmau.draw_prompts(len(every), 2, 0, 1)]
     for row in rows:
-        wave, text = (
-            soundfile.read(files / row["audio"], dtype="float32")[0],
-            mmau.build_prompt(processor, row, 50),
-        )
-        inputs.append(processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt"))
-        embeds.append(mmau.embed_question(policy, processor, text, wave, CPU))
+        waves.append(soundfile.read(files / row["audio"], dtype="float32")[0])
+        texts.append(mmau.build_prompt(processor, row, 50))
+        options = {"sampling_rate": 16000, "return_tensors": "pt"}
+        inputs.append(processor(text=texts[-1], audio=waves[-1:], **options))
     chance = torch.rand(2, 4, 12, generator=mmau.seed_everything(1, 1))
-    tokens, mask, _ = mmau.rollout(policy, embeds, chance, stop, 0.9)
+    batch = mmau.encode(processor, texts, waves)
+    tokens, mask, _ = (p.unflatten(0, (2, 4)) for p in mmau.rollout(policy, batch, chance, 2))
     rewards = torch.zeros(2, 4)
     for p in range(2):
         for g in range(4):
@@ -1217,21 +1222,22 @@ def test_kl_is_exactly_zero_before_the_first_step_in_bf16(base_flags, tmp_path, 
     finish(*base_flags, *flags, "--output-dir", tmp_path, "--run-name", "r")
     row = read_metrics(tmp_path / "r")[1]
     assert row["kl"] == row["clip_ratio/region_mean"] == 0
-    state = mmau.load_checkpoint(tmp_path / "r")["model"]
+    state = mmau.load_checkpoint(tmp_path / "r")["weights"]
     assert all(value.dtype == torch.float32 for value in state.values())
 
 
 # A child that kills itself in the middle of writing its second checkpoint (iteration 4).
 DYING = """
 import os, runpy, signal, sys, torch
+from pathlib import Path
 save = torch.save
-def dying_save(what, path, **rest):
-    if str(path).endswith("000004.part"):
-        open(path, "wb").write(b"half a checkpoint")
+def dying_save(what, file):
+    if what["iteration"] == 4:
+        Path(folder, "checkpoint.part").write_bytes(b"half a checkpoint")
         os.kill(os.getpid(), signal.SIGKILL)
-    save(what, path, **rest)
+    save(what, file)
 torch.save = dying_save
-script = sys.argv[1]; sys.argv = sys.argv[1:]
+script = sys.argv[1]; sys.argv = sys.argv[1:]; folder = sys.argv.pop()
 runpy.run_path(script, run_name="__main__")
 """
 
@@ -1249,13 +1255,14 @@ def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
     ]
     flags = [*base_flags, "--output-dir", tmp_path, *longer]
     finish(*flags, "--run-name", "straight")
-    command = [sys.executable, "-c", DYING, str(SCRIPT), *map(str, flags), "--run-name", "killed"]
+    command = [sys.executable, "-c", DYING, SCRIPT, *replaced(flags, "--run-name", "killed")]
+    command = list(map(str, [*command, tmp_path / "killed"]))
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     killed = tmp_path / "killed"
-    assert {path.name for path in (killed / "checkpoints").iterdir()} == {
-        "000002.pt",
-        "000004.part",
+    assert {path.name for path in killed.glob("checkpoint*")} == {
+        "checkpoint.pt",
+        "checkpoint.part",
     }
     time.sleep(1.1)  # TensorBoard orders its files by the second
     os.utime(killed / "args.json")  # the newest run
@@ -1275,16 +1282,92 @@ def test_killed_while_saving_and_resumed_equals_straight(base_flags, tmp_path):
     assert summaries[0] == summaries[1]
 
 
-@pytest.mark.parametrize("kind,finished", [("adrpo", True), ("adrpo", False), ("full", False)])
-def test_a_run_resumes_to_itself(runs, tmp_path, kind, finished):
+def test_a_sampler_that_is_another_function_stops_the_run(base_flags, tmp_path, monkeypatch):
+    """The training pass takes each token's logits from the place behind its own."""
+    read = mmau.read_completions
+
+    def shifted(model, first, cache, mask, tokens):
+        logits = read(model, first, cache, mask, tokens)
+        return logits.roll(1, dims=1)
+
+    monkeypatch.setattr(mmau, "read_completions", shifted)
+    reset_accelerate()
+    flags = replaced(base_flags, "--output-dir", tmp_path, "--run-name", "r")
+    with pytest.raises(mmau.InputError, match="nats a token between rollout and training"):
+        mmau.main(tyro.cli(mmau.Args, args=flags))
+    assert not list((tmp_path / "r").glob("checkpoint*"))
+
+
+def test_training_goes_on_from_an_adapter(base_flags, runs, tmp_path):
+    """Its reference is the model without it: the first KL is not 0."""
+    start = runs["adrpo"][0] / "final"
+    flags = ["--adapter", start, "--iterations", "1", "--output-dir", tmp_path, "--run-name", "r"]
+    finish(*base_flags, *flags)
+    first, then = read_metrics(tmp_path / "r")
+    assert {k: v for k, v in first.items() if k != "step"} == pytest.approx(
+        {k: v for k, v in read_metrics(runs["adrpo"][0])[-1].items() if k.startswith("eval/")}
+    )
+    assert then["kl"] > 1e-6
+    assert (
+        change(
+            weights(tmp_path / "r"),
+            load_file(start / "adapter_model.safetensors"),
+            {k: 0 * v for k, v in weights(tmp_path / "r").items()},
+        )
+        > 1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", ["adrpo", "full"])
+def test_a_run_resumes_to_itself(runs, tmp_path, kind):
     copy = tmp_path / "copy"
     shutil.copytree(runs[kind][0], copy)
-    if not finished:
-        (copy / "checkpoints" / "000002.pt").unlink()
+    assert "is finished" in finish("--resume", copy)
+    assert_same_run(runs[kind][0], copy)
     summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").unlink()
+    (copy / "checkpoint.pt").unlink()  # the one before, of iteration 1, is next
     finish("--resume", copy)
     assert_same_run(runs[kind][0], copy)
     assert json.loads((copy / "summary.json").read_text()) == summary
+
+
+def test_a_flipped_bit_a_second_writer_and_other_questions_are_refused(
+    runs, files, base_flags, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs["adrpo"][0], copy)
+    (copy / "summary.json").unlink()
+    with FileLock(copy / ".lock"):
+        assert "another process is writing" in refused("--resume", copy)
+    state = bytearray((copy / "checkpoint.pt").read_bytes())
+    state[len(state) // 2] ^= 1
+    (copy / "checkpoint.pt").write_bytes(state)
+    line = refused("--resume", copy)
+    assert "checkpoint.pt cannot be read" in line
+    assert "delete it to go on from checkpoint-previous.pt" in line
+    (copy / "checkpoint.pt").unlink()
+    record = json.loads((copy / "args.json").read_text())
+    for name in ("train_data", "sources"):
+        place = record["args"] if name == "train_data" else record["sources"]
+        place["train_data"] = str(tmp_path / "train.jsonl")
+    (copy / "args.json").write_text(json.dumps(record))
+    shutil.copytree(files / "wavs", tmp_path / "wavs")
+    text = (files / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(text.replace("Who speaks?", "Who sings?"))
+    assert "other questions than when the run began" in refused("--resume", copy)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_diverging_step_writes_nothing(base_flags, tmp_path, when):
+    """Weights that one step spoils: found before the next step, or after the last one."""
+    flags = ["--learning-rate", "3e38", "--output-dir", tmp_path, "--run-name", "r"]
+    updates = ["--updates-per-rollout", "2" if when == "before" else "1"]
+    line = refused(*base_flags, *flags, *updates, "--iterations", "1")
+    assert "iteration 1" in line
+    assert "--learning-rate" in line
+    assert not list((tmp_path / "r").glob("checkpoint*"))
+    assert not list((tmp_path / "r" / "final").iterdir())
 
 
 def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path):
@@ -1298,21 +1381,7 @@ def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path):
         "140",
     ]
     finish(*flags, "--run-name", "one")
-    launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [
-        sys.executable,
-        "-c",
-        launcher,
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(SCRIPT),
-        *flags,
-    ]
-    result = subprocess.run(
-        [*command, "--run-name", "two"], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_in_two_processes(*flags, "--run-name", "two")
     assert_same_run(tmp_path / "one", tmp_path / "two", base, tolerance=1e-2)
     said = [
         json.loads((tmp_path / run / "samples" / "000000.json").read_text())
@@ -1321,125 +1390,68 @@ def test_two_processes_are_one_with_the_same_batch(base_flags, base, tmp_path):
     assert said[0] == said[1]
 
 
-# Two processes, torch's own sharding, clips of different lengths; against a policy that is whole.
-SHARDED = """
-import os, sys, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, sys.argv[1])
-import adrpo_audio_mmau as mmau
-dist.init_process_group("gloo")
-rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-def build():
-    mmau.seed_everything(4)
-    model, processor = mmau.load_model(mmau.Args(model_id=sys.argv[2], lora_rank=4), torch.float32)
-    return mmau.Policy(model, mmau.special_tokens(model, processor)[1]), processor
-def step_together(done):
-    count = torch.tensor(float(done))
-    dist.all_reduce(count)
-    return count == 2
-(whole, processor), (policy, _) = build(), build()
-for part in reversed(list(policy.modules())):
-    if type(part).__name__.endswith(("DecoderLayer", "EncoderLayer", "AudioEncoder")):
-        fully_shard(part, mesh=mesh)
-fully_shard(policy, mesh=mesh)
-assert not any(p.shape == p.to_local().shape for p in policy.parameters() if p.dim() > 1)
-text = mmau.build_prompt(processor, {"question": "Who?", "choices": ["Man", "Woman"]}, 50)
-generator = torch.Generator().manual_seed(rank)
-wave, chance = torch.rand(12000 + 3000 * rank, generator=generator).numpy(), \
-torch.rand(1, 3, 8, generator=generator)
-for _ in range(2):  # before and after a backward pass
-    heard = [mmau.embed_question(p, processor, text, wave, torch.device("cpu")) \
-for p in (policy, whole)]
-    assert torch.equal(*heard)
-    drawn = [mmau.rollout(p, heard[:1], chance, [2], 1.0, everyone_done=step_together) \
-for p in (policy, whole)]
-    assert torch.equal(drawn[0][0], drawn[1][0])
-    torch.testing.assert_close(drawn[0][2], drawn[1][2])
-    for p in (policy, whole):
-        mmau.completion_log_probabilities(p, heard[:1], drawn[1][0], 1.0)[0].sum().backward()
-for p, q in zip(policy.parameters(), whole.parameters(), strict=True):
-    if q.grad is not None:
-        dist.all_reduce(q.grad)
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad / 2)
-if rank == 0:
-    print("the same")
-dist.barrier()
-sys.stdout.flush()
-os._exit(0)  # not by the front door: gloo sometimes aborts there, which is not what is tested
-"""
+def test_all_weights_split_over_two_processes_are_one_with_the_same_batch(
+    base_flags, models, tmp_path
+):
+    folder = models["says omni"]
+    flags = [*base_flags, "--model-id", folder, "--lora-rank", "0", "--learning-rate", "1e-3"]
+    flags += ["--output-dir", tmp_path]
+    finish(*flags, "--run-name", "one")
+    run_in_two_processes(*flags, "--fsdp", "--run-name", "two")
+    before = load_file(folder / "model.safetensors")
+    assert_same_run(tmp_path / "one", tmp_path / "two", before, tolerance=1e-2)
+    STOCK["omni"].from_pretrained(tmp_path / "two" / "final")
 
 
-def test_a_sharded_policy_hears_speaks_and_learns_as_a_whole_one(models, tmp_path):
-    (tmp_path / "program.py").write_text(SHARDED)
-    launcher = "import torch.distributed.run as launcher; launcher.main()"
-    command = [
-        sys.executable,
-        "-c",
-        launcher,
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        tmp_path / "program.py",
-    ]
-    command += [ROOT, models["omni"]]
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert "the same" in result.stdout, result.stderr[-3000:]
-
-
-def test_evaluation_of_an_adapter_under_several_budgets(eval_flags, runs, files, tmp_path):
+def test_evaluation_of_an_adapter_under_several_budgets(eval_flags, runs, tmp_path):
     run = runs["adrpo"][0]
-    flags = [*eval_flags, "--output-dir", tmp_path, "--think-budgets", "0", "25", "100"]
-    out = finish(*flags, "--run-name", "tuned", "--adapter", run / "final")
-    finish(*flags, "--run-name", "base", "--eval-batch", "1")
+    flags = [flag for flag in eval_flags if flag != "--eval-only"]
+    budgets, out = (0, 25, 100), io.StringIO()
+    for name, own in (
+        ("tuned", ["--adapter", str(run / "final")]),
+        ("base", ["--eval-batch", "1"]),
+    ):
+        reset_accelerate()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            mmau_scaling.main(mmau_scaling.Args(tmp_path / name, budgets), [*flags, *own])
+    assert "| task: speech |" in out.getvalue()
     assert (tmp_path / "tuned" / "scaling.png").stat().st_size > 5000
-    points = json.loads((tmp_path / "tuned" / "scaling.json").read_text())
-    assert [point["budget"] for point in points["points"]] == [0, 25, 100]
-    assert points["adapter"] == str(run / "final")
-    assert json.loads(mmau.to_json(mmau.scaling(points["points"]))).items() <= points.items()
+    points = read_strictly(tmp_path / "tuned")["scaling.json"][0]
+    assert [point["budget"] for point in points["points"]] == list(budgets)
+    assert mmau_scaling.scaling(points["points"]).items() <= points.items()
     tokenizer = AutoProcessor.from_pretrained(run / "final").tokenizer
-    for place, point in enumerate(points["points"]):
-        budget = f"{point['budget']:03d}"
-        said = json.loads(
-            (tmp_path / "tuned" / "samples" / f"predictions-{budget}.json").read_text()
-        )
-        facts = json.loads((tmp_path / "tuned" / f"mmau-{budget}.json").read_text())
+    for point in points["points"]:
+        folder, first = (tmp_path / name / f"{point['budget']:03d}" for name in ("tuned", "base"))
+        said = json.loads((folder / "samples/predictions.json").read_text())
+        facts = json.loads((folder / "summary.json").read_text())
+        assert facts["adapter"] == str(run / "final")
+        assert facts["think_budget"] == point["budget"]
         expected = official_script(said)
-        assert (
-            facts["scores"]["total"]["total"]["accuracy"]
-            == pytest.approx(expected["total"])
-            == point["accuracy"]
-        )
+        total = facts["scores"]["total"]["total"]["accuracy"]
+        assert total == pytest.approx(expected["total"]) == point["accuracy"]
         for task, scores in facts["scores"]["task"].items():
             assert scores["accuracy"] == expected[task]
-        assert (tmp_path / "tuned" / f"mmau-{budget}.md").read_text() == mmau.score_table(
-            facts["scores"]
-        )
-        assert "| task: speech |" in out
+        assert (folder / "mmau.md").read_text() == mmau.score_table(facts["scores"])
         thought = [len(tokenizer(mmau.block(row["completion"], "think")).input_ids) for row in said]
-        assert (
-            facts["figures"]["reasoning_tokens"]
-            == pytest.approx(np.mean(thought))
-            == point["tokens"]
-        )
-        first = json.loads(
-            (tmp_path / "base" / "samples" / f"predictions-{budget}.json").read_text()
-        )
-        assert {row["model_output"] for row in first} == {"Man"}
-        right = json.loads((tmp_path / "base" / f"mmau-{budget}.json").read_text())["scores"][
-            "total"
-        ]["total"]["right"]
-        assert right == sum(row["answer"] == "Man" for row in first) == 2
-        figures = json.loads((tmp_path / "base" / f"mmau-{budget}.json").read_text())["figures"]
-        # without thinking, a think block is no right format
-        assert figures["format"] == (place > 0)
-    # the adapter of the training's last evaluation, the same budget: the same words
-    finish(*eval_flags, "--output-dir", tmp_path, "--run-name", "same", "--adapter", run / "final")
-    said = json.loads((tmp_path / "same" / "samples" / "predictions-050.json").read_text())
-    assert said == json.loads((run / "samples" / "000002.json").read_text())
-    assert not (tmp_path / "same" / "scaling.json").exists()
+        used = facts["final"]["reasoning_tokens"]
+        assert used == pytest.approx(np.mean(thought)) == point["tokens"]
+        said = json.loads((first / "samples/predictions.json").read_text())
+        facts = json.loads((first / "summary.json").read_text())
+        assert {row["model_output"] for row in said} == {"Man"}
+        right = facts["scores"]["total"]["total"]["right"]
+        assert right == sum(row["answer"] == "Man" for row in said) == 2
+        # Without thinking, a think block is no right format.
+        assert facts["final"]["format"] == (point["budget"] > 0)
+    # What is done is not done again.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("base/*/*.json")}
+    with contextlib.redirect_stdout(out):
+        mmau_scaling.main(mmau_scaling.Args(tmp_path / "base", budgets), flags)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("base/*/*.json")}
+    # The adapter of the training's last evaluation, the same budget: the same words.
+    own = ["--output-dir", tmp_path, "--run-name", "same", "--adapter"]
+    finish(*eval_flags, *own, run / "adapters/000002")
+    said = json.loads((tmp_path / "same/samples/predictions.json").read_text())
+    assert said == json.loads((run / "samples/000002.json").read_text())
 
 
 def read_strictly(run):
@@ -1455,29 +1467,14 @@ def read_strictly(run):
     return found
 
 
-def test_what_is_undefined_is_null_in_every_json_file(
-    eval_flags, base_flags, files, tmp_path, monkeypatch
-):
+def test_what_is_undefined_is_null_in_every_json_file(eval_flags, files, tmp_path):
     rows = [row | {"weight": math.nan} for row in json.loads((files / "eval.json").read_text())]
     spec = write_rows(tmp_path / "e.json", rows)
-    flags = [*eval_flags, "--eval-data", spec, "--output-dir", tmp_path, "--run-name", "e"]
-    finish(*flags, "--think-budgets", "25", "50")  # no direct answer, and the same reasoning twice
+    flags = ["--eval-data", spec, "--output-dir", tmp_path, "--run-name", "e"]
+    finish(*eval_flags, *flags)
     found = read_strictly(tmp_path / "e")
-    assert {"args.json", "scaling.json", "mmau-025.json", "predictions-025.json"} <= set(found)
-    assert found["scaling.json"][0]["slope"] is None
-    assert found["scaling.json"][0]["slope_pinned"] is None
-    assert found["predictions-025.json"][0][0]["weight"] is None
-    # as on Windows: the peak memory is not known
-    monkeypatch.setitem(sys.modules, "resource", None)
-    finish(*base_flags, "--eval-data", spec, "--output-dir", tmp_path, "--run-name", "r")
-    found = read_strictly(tmp_path / "r")
-    assert {"args.json", "metrics.jsonl", "summary.json", "000000.json"} <= set(found)
-    assert [row["charts/peak_memory_gb"] for row in found["metrics.jsonl"][1:]] == [None, None]
-    shutil.copytree(tmp_path / "r", tmp_path / "again")
-    (tmp_path / "again" / "checkpoints" / "000002.pt").unlink()
-    finish("--resume", tmp_path / "again")
-    assert_same_run(tmp_path / "r", tmp_path / "again")
-    assert read_strictly(tmp_path / "again")["summary.json"] == found["summary.json"]
+    assert {"args.json", "summary.json", "predictions.json"} <= set(found)
+    assert found["predictions.json"][0][0]["weight"] is None
 
 
 @real_data
@@ -1522,7 +1519,7 @@ def test_the_real_clip_with_its_real_question(tmp_path):
         tmp_path,
     ]
     finish(*flags, "--max-completion-length", "12", "--run-name", "e")
-    said = json.loads((tmp_path / "e" / "samples" / "predictions-050.json").read_text())
+    said = json.loads((tmp_path / "e" / "samples" / "predictions.json").read_text())
     assert len(said) == 1
     assert row.items() <= said[0].items()
     assert {"model_output", "model_prediction", "completion"} <= set(said[0])
@@ -1539,43 +1536,128 @@ def write_rows(path, rows):
     return str(path)
 
 
+def without(rows, *keys):
+    return [{key: value for key, value in row.items() if key not in keys} for row in rows]
+
+
+AVQA = [
+    {
+        "id": 183,
+        "video_name": "-Hxj_9mKBM4_000030",
+        "question_text": "What made the video sound?",
+        "multi_choice": ["bus", "car", "owl", "crow"],
+        "answer": 2,
+    },
+    {
+        "id": 184,
+        "video_name": "x",
+        "question_text": "How many?",
+        "multi_choice": ["1", "2", "0"],
+        "answer": 1,
+        "audio_path": "clips/x_30.wav",
+    },
+]
+
+
 def test_every_layout_is_read(files, tmp_path):
     ours = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
     for name in ("a.jsonl", "a.json"):
         rows = mmau.read_questions("train-data", write_rows(tmp_path / name, ours))
         assert rows == [{"id": str(i), **row} for i, row in enumerate(ours)]
-    avqa = [
-        {
-            "id": 183,
-            "video_name": "-Hxj_9mKBM4_000030",
-            "video_id": 9,
-            "question_text": "What made the video sound?",
-        }
-        | {
-            "multi_choice": ["bus", "car", "owl", "crow"],
-            "answer": 2,
-            "question_relation": "Sound",
-        },
-        {
-            "id": 184,
-            "video_name": "x",
-            "question_text": "What?",
-            "multi_choice": ["a", "b"],
-            "answer": 0,
-        },
-    ]
-    rows = mmau.read_questions("train-data", write_rows(tmp_path / "avqa.json", avqa))
-    assert [row["audio"] for row in rows] == ["-Hxj_9mKBM4_000030.wav", "x.wav"]
-    assert [row["answer"] for row in rows] == ["owl", "a"]
-    assert rows[0]["choices"] == avqa[0]["multi_choice"]
+    rows = mmau.read_questions("train-data", write_rows(tmp_path / "avqa.json", AVQA))
+    assert [row["audio"] for row in rows] == ["-Hxj_9mKBM4_000030.wav", "clips/x_30.wav"]
+    assert [row["answer"] for row in rows] == ["owl", "2"]  # a position, also among numbers
+    assert rows[0]["choices"] == AVQA[0]["multi_choice"]
     assert rows[0]["question"] == "What made the audio sound?"
     rows = mmau.read_questions("eval-data", str(files / "eval.json"))
     assert [(row["id"], row["audio"]) for row in rows[:1]] == [("q0", "./elsewhere/6.wav")]
-    found, problems = mmau.find_clips(
-        "eval-data", str(files / "eval.json"), str(files / "wavs"), rows, {}
-    )
-    assert not problems
+    place, data = ("eval-data", str(files / "eval.json"), str(files / "wavs")), mmau.Data()
+    found = mmau.find_clips(*place, rows, data)
+    assert not data.skipped
     assert [question.clip for question in found] == [files / "wavs" / f"{i}.wav" for i in (6, 7, 8)]
+
+
+ROWS = [
+    {"question": "Who?", "choices": ["(A) Man", "(B) A dog"], "answer": "(B) A dog"},
+    {"question": "Who?", "choices": ["A. Man", "B. A dog"], "answer": "B"},
+    {"question": "Which key?", "choices": ["B", "A"], "answer": "A"},  # a choice before a letter
+    {"question": "Which?", "choices": ["(A)", "(B)"], "answer": "(B)"},  # nothing but letters
+    {"question": "How many?", "choices": ["3", "0", "1"], "answer": "1"},  # or a position
+    {"question": "How many?", "choices": ["3", "0", "1"], "answer": 1},
+    {"question": 'Was "it", here,\na dog?', "choices": ["Yes.", "It's not"], "answer": "yes"},
+    {"question": "Who?", "choices": ["Man", "Woman"], "answer": " woman. "},
+    {"question": "Who?", "choices": ["Man", "Woman"], "answer": 0},
+    {"question": "Who?", "choices": ["Man", "Woman"], "answer": "2"},
+    {"question": "Who?", "choices": ["Man", "Woman"], "answer": "C"},
+    {"question": "Who?", "choices": ["Man", "Woman"], "answer": "Robot"},
+    *without(AVQA, "audio_path", "id"),
+]
+MEANT = [
+    "A dog",
+    "A dog",
+    "A",
+    "(B)",
+    "1",
+    "1",
+    "Yes.",
+    "Woman",
+    "Man",
+    None,
+    None,
+    None,
+    "owl",
+    "2",
+]
+
+
+def test_the_same_rows_in_every_container_are_the_same_questions(tmp_path):
+    """.json on one line, indented or a row a line, .jsonl, .csv, .parquet, a folder of parquet."""
+    rows = [{"id": f"q{i}", "audio": f"{i}.wav", **row} for i, row in enumerate(ROWS)]
+    mark = "\N{ZERO WIDTH NO-BREAK SPACE}"  # a byte order mark
+    lines = "".join(json.dumps(row) + "\r\n" for row in rows)
+    texts = {"a.json": mark + json.dumps(rows), "b.json": json.dumps(rows, indent=2)}
+    texts |= {"c.json": lines, "d.jsonl": mark + lines}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (tmp_path / "e.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    cells = [{key: row.get(key) for key in columns} for row in rows]
+    table = datasets.Dataset.from_list([row | {"answer": str(row["answer"])} for row in cells])
+    (tmp_path / "f").mkdir()
+    table.to_parquet(tmp_path / "f.parquet")
+    table.to_parquet(tmp_path / "f" / "train-0.parquet")
+    names = ("id", "audio", "question", "choices", "answer")
+    expected = None
+    for spec in (*texts, "e.csv", "f.parquet", "f"):
+        data = mmau.Data()
+        found = mmau.read_questions("train-data", str(tmp_path / spec), data=data)
+        found = [{name: row[name] for name in names} for row in found]
+        expected = expected or found
+        assert found == expected, spec
+        assert [entry["row"] for entry in data.skipped] == [9, 10, 11]
+        assert all("is not among the choices" in entry["reason"] for entry in data.skipped)
+    assert [row["answer"] for row in expected] == [answer for answer in MEANT if answer]
+    assert expected[0]["choices"] == expected[1]["choices"] == ["Man", "A dog"]  # no letters
+
+
+def test_rows_without_use_are_counted_and_listed(base_flags, files, tmp_path):
+    rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    rows = [row | {"audio": str(files / row["audio"])} for row in rows]
+    wrong = [without([rows[0]], key)[0] for key in ("audio", "question", "choices", "answer")]
+    wrong += [rows[0] | {"choices": 5}, rows[0] | {"choices": "Man or"}, rows[0] | {"answer": "?"}]
+    wrong += ["text", rows[0] | {"other_attributes": "{"}, rows[0] | {"id": "0"}]
+    spec = write_rows(tmp_path / "t.json", [*rows, *wrong])
+    flags = ["--train-data", spec, "--iterations", "1", "--output-dir", tmp_path]
+    out = finish(*base_flags, *flags, "--run-name", "r")
+    assert f"{len(wrong)} rows and 0 clips cannot be used: skipped.json" in out
+    assert "6 training questions" in out
+    skipped = json.loads((tmp_path / "r" / "skipped.json").read_text())
+    assert [entry["row"] for entry in skipped] == list(range(6, 6 + len(wrong)))
+    assert {entry["flag"] for entry in skipped} == {"--train-data"}
+    assert all(entry["reason"] for entry in skipped)
 
 
 @pytest.mark.parametrize("number_ids", [False, True])
@@ -1634,10 +1716,29 @@ def test_audio_is_mono_at_16_khz(tmp_path, rate, channels, kind):
     np.testing.assert_allclose(
         got, stored if rate == 16000 else soxr.resample(stored, rate, 16000), atol=1e-6
     )
-    assert mmau.clip_problem(path) is None
+    assert mmau.judge_clip(path, 30) == (None, False, False)
     cut = mmau.load_audio(path, 0.5)
     assert cut.shape == (8000,)
     assert np.abs(cut - got[:8000])[:7800].max() < 2e-3
+
+
+def test_channels_that_cancel_are_heard_by_the_loudest(tmp_path):
+    wave = sound(1.0)
+    heard = {}
+    for name, channels in (
+        ("one", [wave]),
+        ("opposite", [wave, -wave]),
+        ("half", [0.4 * wave, -wave, 0.6 * wave]),
+        ("silent right", [wave, 0 * wave]),
+    ):
+        soundfile.write(tmp_path / f"{name}.wav", np.stack(channels, 1), 16000, subtype="FLOAT")
+        problem, _, cancelling = mmau.judge_clip(tmp_path / f"{name}.wav", 30)
+        assert problem is None
+        assert cancelling == (name in ("opposite", "half"))
+        heard[name] = mmau.load_audio(tmp_path / f"{name}.wav", 30)
+    np.testing.assert_array_equal(heard["opposite"], heard["one"])
+    np.testing.assert_array_equal(heard["half"], -heard["one"])
+    np.testing.assert_allclose(heard["silent right"], heard["one"] / 2)  # the mean
 
 
 def test_longer_clips_are_cut_and_counted(models, files, eval_flags, tmp_path):
@@ -1674,7 +1775,13 @@ def broken(files, tmp_path_factory):
         soundfile.write(folder / f"cut.{kind}", sound(1.0), 16000)
         whole = (folder / f"cut.{kind}").read_bytes()
         (folder / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    for name, value in (("nan", math.nan), ("infinite", math.inf), ("silent", 0.0)):
+        wave = sound(1.0)
+        wave[0 if name == "silent" else 5000 :] = value
+        soundfile.write(folder / f"{name}.wav", wave, 16000, subtype="FLOAT")
+    (folder / "headerless.raw").write_bytes(b"\0\1" * 16000)
     names = ["missing.wav", "empty.wav", "good.wav", "short.wav", "text.wav", "cut.wav", "cut.flac"]
+    names += ["nan.wav", "infinite.wav", "silent.wav", "headerless.raw"]
     rows = [
         {"id": f"{i}", "audio": name, "question": "Who?", "choices": CHOICES}
         for i, name in enumerate(names)
@@ -1696,43 +1803,33 @@ def test_clips_that_cannot_be_used_are_listed_and_wrong(eval_flags, broken, tmp_
         tmp_path,
     )
     (run,) = tmp_path.iterdir()
-    skipped = {
-        Path(path).name: reason
-        for path, reason in json.loads((run / "skipped.json").read_text()).items()
-    }
+    skipped = json.loads((run / "skipped.json").read_text())
+    skipped = {Path(entry["clip"]).name: entry["reason"] for entry in skipped}
     assert skipped["missing.wav"] == "not found"
+    assert skipped["silent.wav"] == "silent"
+    assert skipped["nan.wav"] == skipped["infinite.wav"] == "samples that are no finite numbers"
     assert skipped["short.wav"].startswith("100 samples: shorter")
-    assert set(skipped) >= {"empty.wav", "text.wav", "cut.flac"}
+    rows = json.loads((broken / "e.json").read_text())
+    assert set(skipped) == {row["audio"] for row in rows} - {"good.wav"}
     assert all(skipped.values())
-    said = json.loads((run / "samples" / "predictions-050.json").read_text())
-    assert [bool(row["model_output"]) for row in said if Path(row["audio"]).name != "cut.wav"] == [
-        0,
-        0,
-        1,
-        0,
-        0,
-        0,
-    ]
-    total = json.loads((run / "mmau-050.json").read_text())["scores"]["total"]["total"]
-    assert total["count"] == 7
+    said = json.loads((run / "samples" / "predictions.json").read_text())
+    assert [row["audio"] for row in said if row["model_output"]] == ["good.wav"]
+    total = json.loads((run / "summary.json").read_text())["scores"]["total"]["total"]
+    assert total["count"] == len(rows) == 11
     assert official_script(said)["total"] == total["accuracy"]
-    assert f"{len(skipped)} clips cannot be used: skipped.json" in out
+    assert "0 rows and 10 clips cannot be used: skipped.json" in out
 
 
 @pytest.mark.parametrize("name", ["a.mp3", "a.wav"])  # MMAU has mp3 streams in files named .wav
 def test_mp3_is_read(tmp_path, name):
     tone = 0.4 * np.sin(2 * np.pi * 440 * np.arange(88200) / 44100)
     soundfile.write(tmp_path / name, np.stack([tone, tone], 1), 44100, format="MP3")
-    assert mmau.clip_problem(tmp_path / name) is None
+    assert mmau.judge_clip(tmp_path / name, 30) == (None, False, False)
     got = mmau.load_audio(tmp_path / name, 30)
     assert len(got) == pytest.approx(32000, abs=3000)  # the codec pads
     middle = np.abs(np.fft.rfft(got[8000:24000]))
     assert middle.argmax() == 440
     assert np.abs(got[8000:24000]).max() == pytest.approx(0.4, abs=0.02)
-
-
-def without(rows, *keys):
-    return [{key: value for key, value in row.items() if key not in keys} for row in rows]
 
 
 # A dataset's clips, in its order; the hub's MMAU has no names for its own.
@@ -1813,7 +1910,7 @@ def hub(files, tmp_path_factory):
         yield folder
 
 
-@pytest.mark.parametrize("name", ["mmau", "ours", "mmau:test"])
+@pytest.mark.parametrize("name", ["mmau", "ours", "ours/data.parquet"])
 def test_a_dataset_gives_what_the_same_json_gives(models, eval_flags, hub, tmp_path, name):
     # one that listens
     flags = [*eval_flags, "--output-dir", tmp_path, "--model-id", models["omni"]]
@@ -1821,55 +1918,56 @@ def test_a_dataset_gives_what_the_same_json_gives(models, eval_flags, hub, tmp_p
     finish(*flags, "--eval-data", hub / name, "--run-name", "dataset")
     said, facts = (
         [json.loads((tmp_path / run / file).read_text()) for run in ("json", "dataset")]
-        for file in ("samples/predictions-050.json", "mmau-050.json")
+        for file in ("samples/predictions.json", "summary.json")
     )
-    assert without(said[0], "audio", "audio_id") == without(said[1], "audio", "instruction")
+    assert without(said[0], "audio", "audio_id") == without(
+        said[1], "audio", "instruction", "dataset_split"
+    )
     assert len({row["completion"] for row in said[0]}) > 1
     assert [row["choices"] for row in said[1]] == [CHOICES] * 3  # without letters
-    assert facts[0]["figures"] == facts[1]["figures"]
+    assert facts[0]["final"] == facts[1]["final"]
     assert facts[0]["scores"] == facts[1]["scores"]
     assert set(facts[0]["scores"]["task"]) == set(mmau.TASKS)
     assert len(facts[0]["eval_data_sha256"]) == 64
-    assert facts[1]["eval_data_split"] == ("train" if name == "ours" else "test")
-    assert facts[1]["eval_data_fingerprint"]
-    assert facts[1]["eval_data_revision"] is None  # not from the hub
+    assert facts[1]["sources"]["eval_data"] == str(hub / name)
     assert not (tmp_path / "dataset" / "skipped.json").exists()
 
 
 def test_training_on_a_dataset(base_flags, hub, tmp_path):
     flags = [*base_flags, "--iterations", "1", "--output-dir", tmp_path, "--run-name"]
-    finish(*flags, "r", "--train-data", hub / "two:train", "--train-on-eval")
+    own = ["--train-data", hub / "two", "--train-split", "train"]
+    finish(*flags, "r", *own, "--train-on-eval")
     assert read_metrics(tmp_path / "r")[1]["reward/std"] > 0
-    line = refused(*flags, "s", "--train-data", hub / "both:test")
-    assert "has 3 rows of a test split; if that is meant, add --train-on-eval" in line
+    line = refused(*flags, "s", "--train-data", hub / "both", "--train-split", "test")
+    assert "has 3 rows of a test split" in line
+    assert "--train-on-eval" in line
     # The same questions, clips without names.
-    args = mmau.Args(train_data=f"{hub / 'both'}:train", eval_data=str(hub / "both"))
-    train, heldout, *_ = mmau.load_questions(args)
-    assert [len(train), len(heldout)] == [3, 3]
-    assert [question.row["audio"] for question in train] == [f"both:train:{i}" for i in range(3)]
-    args = mmau.Args(train_data=f"{hub / 'two'}:train")
+    both = {"train_data": str(hub / "both"), "train_split": "train"}
+    data = mmau.load_questions(mmau.Args(**both, eval_data=str(hub / "both")))
+    assert [len(data.train), len(data.heldout)] == [3, 3]
+    assert [str(q.row["audio"]) for q in data.train] == [f"both:train:{i}" for i in range(3)]
     with pytest.raises(mmau.InputError, match="rows of a test split"):  # they say so themselves
-        mmau.load_questions(args)
-    train, heldout, *_ = mmau.load_questions(mmau.Args(train_data=f"{hub / 'both'}:train"))
-    assert [len(train), len(heldout)] == [2, 1]
+        mmau.load_questions(mmau.Args(train_data=str(hub / "two"), train_split="train"))
+    data = mmau.load_questions(mmau.Args(**both))
+    assert [len(data.train), len(data.heldout)] == [2, 1]
 
 
 def test_clips_of_a_dataset_that_cannot_be_used_are_listed_by_id(eval_flags, hub, tmp_path):
     out = finish(*eval_flags, "--eval-data", hub / "broken", "--output-dir", tmp_path)
     (run,) = tmp_path.iterdir()
     skipped = json.loads((run / "skipped.json").read_text())
-    assert list(skipped) == [f"{hub / 'broken'}: b{i}" for i in (0, 2, 3, 4)]
-    assert all(skipped.values())
+    assert [entry["id"] for entry in skipped] == ["b0", "b2", "b3", "b4"]
+    assert all(entry["reason"] for entry in skipped)
     assert "4 clips cannot be used: skipped.json" in out
-    said = json.loads((run / "samples" / "predictions-050.json").read_text())
+    said = json.loads((run / "samples" / "predictions.json").read_text())
     assert [bool(row["model_output"]) for row in said] == [0, 1, 0, 0, 0]
-    assert json.loads((run / "mmau-050.json").read_text())["scores"]["total"]["total"]["count"] == 5
+    assert json.loads((run / "summary.json").read_text())["scores"]["total"]["total"]["count"] == 5
 
 
 def test_a_datasets_clips_are_not_held_in_memory(hub):
-    rows, stored, _ = mmau.read_dataset("eval-data", str(hub / "mmau"))
-    assert all(isinstance(clip, mmau.StoredClip) for clip in stored.values())
-    (file,) = stored["q0"].cells.cache_files
+    rows = mmau.read_questions("eval-data", str(hub / "mmau"))
+    assert all(isinstance(row["audio"], mmau.StoredClip) for row in rows)
+    (file,) = rows[0]["audio"].cells.cache_files
     assert file["filename"].endswith(".arrow")
     assert not any(isinstance(value, bytes) for row in rows for value in row.values())
 
@@ -1880,68 +1978,40 @@ def test_revision_and_split_of_a_hub_dataset(hub, tmp_path, monkeypatch):
     folder.mkdir()
     shutil.copy(local.cache_files[0]["filename"], folder / "a.arrow")
 
-    def load(name, revision):
-        asked.append((name, revision))
+    def load(*given, revision):
+        asked.append((*given, revision))
         return datasets.DatasetDict(
             {"v2-test": datasets.Dataset.from_file(str(folder / "a.arrow")), "train": local}
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    for spec in ("lab/MMAU", "lab/MMAU@v2", "lab/MMAU@v2:v2-test"):
-        rows, _, version = mmau.read_dataset("eval-data", spec)
-        assert version == {
-            "split": "v2-test",
-            "fingerprint": version["fingerprint"],
-            "revision": commit,
-        }
+    for spec, split in (("lab/MMAU", None), ("lab/MMAU@v2", None), ("lab/MMAU:en@v2", "v2-test")):
+        data = mmau.Data()
+        rows = mmau.read_questions("eval-data", spec, split, data)
+        assert data.sources == {"eval_data": f"{spec.partition('@')[0]}@{commit}"}
         assert [row["id"] for row in rows] == ["q0", "q1", "q2"]
-    assert asked == [("lab/MMAU", None), ("lab/MMAU", "v2"), ("lab/MMAU", "v2")]
+    assert asked == [("lab/MMAU", None, None), ("lab/MMAU", None, "v2"), ("lab/MMAU", "en", "v2")]
 
 
 @pytest.mark.parametrize(
-    "flag,spec,message",
+    "flags,message",
     [
-        ("eval-data", "{hub}/mmau:dev", "has no split dev; name one, {hub}/mmau:SPLIT (test)"),
-        (
-            "eval-data",
-            "{hub}/two",
-            "has several splits; name one, {hub}/two:SPLIT (train, validation)",
-        ),
-        (
-            "train-data",
-            "{hub}/both",
-            "has several splits; name one, {hub}/both:SPLIT (train, test)",
-        ),
-        (
-            "eval-data",
-            "{hub}/silent",
-            "no column of its split train is audio (audio, question, answer); give one with",
-        ),
-        ("eval-data", "{hub}/nothing", "cannot be loaded ("),
-        (
-            "eval-data",
-            "nobody/nothing",
-            "cannot be loaded (Couldn't reach 'nobody/nothing' on the Hub",
-        ),
-        ("train-data", "nobody/nothing@v1:train", "cannot be loaded ("),
-        ("eval-data", "{hub}/attributes", "row 0 cannot be read ("),
-        (
-            "eval-data",
-            "{hub}/unanswered",
-            "row 0 has no answer; a row is audio, question, choices, answer",
-        ),
+        ("--eval-data {hub}/mmau --eval-split dev", "its splits are test: name one of them"),
+        ("--eval-data {hub}/two", "its splits are train, validation: name one of them"),
+        ("--train-data {hub}/both", "its splits are train, test: name one of them"),
+        ("--eval-data {hub}/silent", "none of its 1 rows can be used (row 0: it has no choices)"),
+        ("--eval-data {hub}/nothing", "cannot be read ("),
+        ("--eval-data nobody/nothing", "Couldn't reach 'nobody/nothing' on the Hub"),
+        ("--train-data nobody/nothing@v1", "cannot be read ("),
+        ("--eval-data {hub}/attributes", "row 0: Expecting property name"),
     ],
 )
-def test_bad_datasets_get_one_line(base_flags, hub, tmp_path, flag, spec, message):
-    line = refused(
-        *base_flags, "--output-dir", tmp_path / "runs", f"--{flag}", spec.format(hub=hub)
-    )
-    assert f"error: --{flag} {spec}: {message}".format(hub=hub) in line
+def test_bad_datasets_get_one_line(base_flags, hub, tmp_path, flags, message):
+    flags = flags.format(hub=hub).split()
+    line = refused(*base_flags, "--output-dir", tmp_path / "runs", *flags)
+    assert f"error: {flags[0]} {flags[1]}: " in line
+    assert message in line
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_wav_shorter_than_its_header_says_is_truncated(broken):
-    assert mmau.clip_problem(broken / "cut.wav") is not None
 
 
 def test_training_goes_round_clips_that_cannot_be_used(base_flags, broken, files, tmp_path):
@@ -1973,7 +2043,7 @@ def test_training_on_a_test_split_or_on_evaluation_questions_needs_the_flag(
         (
             "same",
             {"audio": "wavs/6.wav", "question": "Who speaks?"},
-            "has 1 questions that are in --eval-data too",
+            "1 questions that are in --eval-data too",
         ),
     ):
         spec = write_rows(files / f"{name}.json", [rows[0] | changes, *rows[1:]])
@@ -1985,15 +2055,10 @@ def test_training_on_a_test_split_or_on_evaluation_questions_needs_the_flag(
             train_data=spec, eval_data=str(files / "eval.json"), eval_audio_dir=str(files / "wavs")
         )
         args.train_on_eval = True
-        assert len(mmau.load_questions(args)[0]) == 6
+        assert len(mmau.load_questions(args).train) == 6
     rows[0] |= {"audio": "wavs/6.wav", "question": "What else?"}  # another question on a test clip
-    mmau.load_questions(
-        mmau.Args(
-            train_data=write_rows(files / "other.json", rows),
-            eval_data=args.eval_data,
-            eval_audio_dir=args.eval_audio_dir,
-        )
-    )
+    args = dataclasses.replace(args, train_data=write_rows(files / "other.json", rows))
+    mmau.load_questions(dataclasses.replace(args, train_on_eval=False))
 
 
 # ------------------------------------------------------------------------------------- F. bad input
@@ -2011,25 +2076,11 @@ def bad(models, files, tmp_path_factory):
         "answer": "x",
     }
     changed = {
-        f"no-{key}": {k: v for k, v in good.items() if k != key}
-        for key in ("audio", "question", "choices")
-    }
-    changed |= {
-        "no-answer": good | {"answer": ""},
+        "no-audio": {key: value for key, value in good.items() if key != "audio"},
         "other": good | {"answer": "z"},
-        "task": good | {"task": "noise"},
-    }
-    changed |= {
-        "choices-text": good | {"choices": "x or y"},
-        "choices-number": good | {"choices": [1, 2], "answer": 1},
-    }
-    changed |= {"question-number": good | {"question": 5}, "audio-number": good | {"audio": 5}}
-    changed |= {
-        "avqa": {"video_name": "x", "question_text": "?", "multi_choice": ["a"], "answer": 1}
     }
     for name, row in changed.items():
         write_rows(folder / f"{name}.jsonl", [row])
-    write_rows(folder / "twice.json", [good, good])
     write_rows(folder / "one.jsonl", [good])
     (folder / "empty.jsonl").write_text("\n\n")
     (folder / "broken.json").write_text("[{")
@@ -2039,6 +2090,25 @@ def bad(models, files, tmp_path_factory):
     (folder / "folder").mkdir()
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
+    model = STOCK["omni"].from_pretrained(models["omni"])
+    for name, layers in (("thin", "0"), ("named", r"\d")):
+        targets = rf".*language_model.layers\.{layers}\.self_attn.q_proj"
+        lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=targets))
+        lora.save_pretrained(folder / name)
+    stored = load_file(folder / "thin" / "adapter_model.safetensors")
+    kept = {key: value for key, value in stored.items() if "lora_A" in key}
+    save_file(kept, folder / "thin" / "adapter_model.safetensors")
+    stored = load_file(folder / "named" / "adapter_model.safetensors")
+    renamed = {f"_orig_mod.{key}": value for key, value in stored.items()}
+    save_file(renamed, folder / "named" / "adapter_model.safetensors")
+    state = load_file(models["omni"] / "model.safetensors")
+    for name, changed in (
+        ("deaf", {key: value for key, value in state.items() if "audio_tower" not in key}),
+        ("compiled", {f"_orig_mod.{key}": value for key, value in state.items()}),
+    ):
+        shutil.copytree(models["omni"], folder / name)
+        save_file(changed, folder / name / "model.safetensors", metadata={"format": "pt"})
+    (folder / "r.py").write_text(PLUGINS)
     tiny_models.make_lm(folder / "llama", "llama")
     for name, file in (("cut", "model.safetensors"), ("unprocessed", "processor_config.json")):
         shutil.copytree(models["omni"], folder / name)
@@ -2048,71 +2118,61 @@ def bad(models, files, tmp_path_factory):
     return folder
 
 
+PLUGINS = """
+import dataclasses, sys
+
+@dataclasses.dataclass
+class Value:
+    length: float
+
+def length(prompts, completions, rows):
+    assert all(row["question"] in prompt for prompt, row in zip(prompts, rows, strict=True))
+    return [Value(len(text)).length for text in completions]
+
+def accuracy(prompts, completions, rows):
+    return [0.0] * len(rows)
+
+def one(prompts, completions, rows):
+    return [0.0]
+
+def nan(prompts, completions, rows):
+    return [float("nan")] * len(rows)
+"""
 BAD = [
-    ("--model-id {bad}/none", "--model-id {bad}/none: cannot be loaded"),
-    ("--model-id {bad}/folder", "--model-id {bad}/folder: cannot be loaded"),
+    ("--model-id {bad}/none", "--model-id {bad}/none: no config.json"),
+    ("--model-id {bad}/named", "is a LoRA, not a model; give its base model as --model-id"),
     ("--model-id {bad}/cut", "--model-id {bad}/cut: cannot be loaded"),
-    (
-        "--model-id {bad}/llama",
-        "--model-id {bad}/llama: is a llama; must be Qwen2.5-Omni or Qwen2-Audio",
-    ),
-    ("--model-id {bad}/unprocessed", "--model-id {bad}/unprocessed: "),
+    ("--model-id {bad}/llama", "a llama; must be Qwen2.5-Omni or Qwen2-Audio"),
+    ("--model-id {bad}/deaf", "weights are not in its files, such as model.audio_tower."),
+    ("--model-id {bad}/compiled", "weights are not in its files, such as "),
     ("--train-data no.jsonl", "--train-data no.jsonl: cannot be read"),
     ("--eval-data no.json", "--eval-data no.json: cannot be read"),
-    ("--train-data {bad}/empty.jsonl", "empty"),
-    ("--train-data {bad}/broken.json", "cannot be read (Expecting"),
-    ("--train-data {bad}/object.json", "must be a list of JSON objects"),
-    ("--train-data {bad}/strings.jsonl", "must be a list of JSON objects"),
-    ("--train-data {bad}/latin.jsonl", "cannot be read ("),
-    (
-        "--train-data {bad}/no-audio.jsonl",
-        "row 0 has no audio; a row is audio, question, choices, answer",
-    ),
-    ("--train-data {bad}/no-question.jsonl", "row 0 has no question"),
-    ("--train-data {bad}/no-choices.jsonl", "row 0 has no choices"),
-    ("--eval-data {bad}/no-answer.jsonl", "--eval-data {bad}/no-answer.jsonl: row 0 has no answer"),
+    ("--train-data {bad}/empty.jsonl", "none of its 0 rows can be used (it is empty)"),
+    ("--train-data {bad}/broken.json", "cannot be read (JSONDecodeError"),
+    ("--train-data {bad}/object.json", "row 0: it has no audio"),
+    ("--train-data {bad}/latin.jsonl", "cannot be read (UnicodeDecodeError"),
+    ("--train-data {bad}/no-audio.jsonl", "a row is audio, question, choices, answer"),
     ("--train-data {bad}/other.jsonl", "row 0: the answer 'z' is not among the choices"),
-    ("--train-data {bad}/choices-text.jsonl", "row 0"),
-    ("--train-data {bad}/choices-number.jsonl", "row 0"),
-    ("--train-data {bad}/question-number.jsonl", "row 0"),
-    ("--train-data {bad}/audio-number.jsonl", "row 0"),
-    ("--train-data {bad}/avqa.jsonl", "row 0 is not AVQA's (IndexError"),
-    ("--train-data {bad}/twice.json", "the id a is there twice"),
-    ("--eval-data {bad}/task.jsonl", "the task 'noise' is none of sound, music, speech"),
-    (
-        "--audio-dir {bad}/folder",
-        "--train-data {files}/train.jsonl: none of its 6 clips can be used (",
-    ),
-    (
-        "--eval-audio-dir {bad}/folder",
-        "--eval-data {files}/eval.json: none of its 3 clips can be used (",
-    ),
-    (
-        "--eval-data {broken}/none.json",
-        "--eval-data {broken}/none.json: none of its 6 clips can be used (",
-    ),
-    (
-        "--adapter {bad}/adapter",
-        "--adapter {bad}/adapter: must be left out: it goes with --eval-only",
-    ),
-    ("--think-budgets 0 25", "--think-budgets (0, 25): must be left out: it goes with --eval-only"),
-    ("--eval-only --adapter {bad}/none", "--adapter {bad}/none: cannot be loaded"),
-    ("--eval-only --adapter {bad}/folder", "--adapter {bad}/folder: cannot be loaded"),
-    ("--eval-only --adapter {bad}/adapter", "--adapter {bad}/adapter: cannot be loaded"),
-    ("--eval-only --think-budgets 0 -5", "--think-budgets (0, -5): must be 0 or more"),
-    ("--think-budget -1", "--think-budget -1: must be 0 or more"),
-    ("--group-size 1", "--group-size 1: must be at least 2"),
-    ("--prompts-per-update 0", "--prompts-per-update 0: must be above 0"),
-    ("--eval-max 0", "--eval-max 0: must be above 0"),
-    ("--max-audio-seconds 0", "--max-audio-seconds 0.0: must be above 0"),
-    ("--max-audio-seconds 0.001", "--max-audio-seconds 0.001: must be"),
-    ("--reward-weights nan 1 1 1 1", "--reward-weights (nan, "),
-    ("--temperature 0", "--temperature 0.0: must be above 0"),
-    ("--eval-temperature -1", "--eval-temperature -1.0: must be 0 or more"),
-    ("--adv-clip-k -1", "--adv-clip-k -1.0: must be above 0"),
-    ("--learning-rate nan", "--learning-rate nan: must be above 0"),
-    ("--seed -1", "--seed -1: must be 0 or more"),
-    ("--resume nowhere", "--resume nowhere: nowhere is not a run folder"),
+    ("--audio-dir {bad}/folder", "none of its 6 clips can be used ("),
+    ("--eval-audio-dir {bad}/folder", "none of its 3 clips can be used ("),
+    ("--eval-data {broken}/none.json", "none of its 10 clips can be used ("),
+    ("--eval-only --adapter {bad}/thin", "--adapter {bad}/thin: does not fit the model, such as"),
+    ("--adapter {bad}/named", "--adapter {bad}/named: does not fit the model, such as"),
+    ("--think-budget -1", "--think-budget -1: is out of its range"),
+    ("--group-size 1", "--group-size: 2 or more"),
+    ("--eval-max 0", "--eval-max 0: is out of its range"),
+    ("--max-audio-seconds 0.001", "--max-audio-seconds: at least 0.1"),
+    ("--reward-weights nan 1 1 1 1", "--reward-weights (nan, 1.0, "),
+    ("--reward-weights 1 1", "--reward-weights: of accuracy, format, "),
+    ("--reward-weights 1 1 1 1 1 1", "--reward-weights: of accuracy, format, "),
+    ("--reward {bad}/none.py:f", "--reward {bad}/none.py:f: give FILE.py:function"),
+    ("--reward {bad}/r.py:accuracy", "the names ['accuracy'] collide with a tag"),
+    ("--reward {bad}/r.py:length {bad}/r.py:length", "the names ['length', 'length'] collide"),
+    ("--reward {bad}/r.py:one", "--reward one: must give 2 finite floats (shape [1]"),
+    ("--reward {bad}/r.py:nan", "--reward nan: must give 2 finite floats (shape [2], 2 not"),
+    ("--temperature 0", "--temperature 0.0: is out of its range"),
+    ("--learning-rate nan", "--learning-rate nan: is out of its range"),
+    ("--resume nowhere", "--resume nowhere: no checkpoint in nowhere"),
 ]
 
 
@@ -2124,64 +2184,80 @@ def test_bad_flags_get_one_line(files, bad, broken, base_flags, tmp_path, flags,
     assert not (tmp_path / "runs").exists()
 
 
-def test_flags_that_need_another(models, files, bad, tmp_path):
+def test_flags_that_need_another(models, bad, tmp_path, monkeypatch):
     flags = ["--cpu", "--model-id", models["omni"], "--output-dir", tmp_path / "runs"]
-    assert "--eval-data None: must be given with --eval-only" in refused(*flags, "--eval-only")
-    assert "--train-data None: must be given, or --eval-only" in refused(*flags)
+    assert "--eval-only and --eval-data" in refused(*flags, "--eval-only")
+    assert "--train-data must be given" in refused(*flags)
     line = refused(*flags, "--train-data", bad / "one.jsonl")
     assert "one question cannot be split; give --eval-data" in line
-    line = refused(
-        *flags,
-        "--train-data",
-        write_rows(
-            tmp_path / "t.jsonl",
-            [json.loads((bad / "task.jsonl").read_text()) | {"id": f"{i}"} for i in range(2)],
-        ),
-    )  # held out from --train-data
-    assert f"--train-data {tmp_path / 't.jsonl'}: the task 'noise'" in line
-    code, _, err = run_script(
-        *flags, "--train-data", files / "train.jsonl", "--reward-weights", "1", "1"
-    )
-    assert code == 2
-    assert "--reward-weights" in err
+    monkeypatch.setenv("WORLD_SIZE", "2")
     mmau.check_args(mmau.Args(train_data="x", prompts_per_update=6), 2)
-    with pytest.raises(
-        mmau.InputError, match="--prompts-per-update 5: must be a multiple of the 2 processes"
-    ):
+    with pytest.raises(mmau.InputError, match="unrelated runs here; add --cpu"):
+        mmau.check_args(mmau.Args(train_data="x"), 1)
+    with pytest.raises(mmau.InputError, match="--prompts-per-update: must be a multiple of 2"):
         mmau.check_args(mmau.Args(train_data="x", prompts_per_update=5), 2)
+
+
+@pytest.mark.parametrize("second", ["--reward-weights", "--reward_weights"])
+def test_a_flag_given_twice_is_refused(second):
+    code, _, _ = run_script("--reward-weights", "1", second, "2")
+    assert code == "error: a flag is given twice; give all its values after one"
+
+
+def test_a_plugin_is_trained_and_measured_beside_the_built_in_rewards(base_flags, bad, tmp_path):
+    flags = [*base_flags, "--reward", f"{bad / 'r.py'}:length", "--output-dir", tmp_path]
+    finish(*flags, "--run-name", "default", "--iterations", "1")
+    weights_ = ["--reward-weights", 1, 0, 0, 0, 0, 0.5]
+    finish(*flags, "--run-name", "own", "--iterations", "1", *weights_)
+    for name, mix in (("default", (5, 1, 1, 1, 1, 1)), ("own", (1, 0, 0, 0, 0, 0.5))):
+        rows = read_metrics(tmp_path / name)
+        names = (*mmau.REWARDS, "length")
+        mixed = sum(w * rows[1][f"reward/{n}"] for w, n in zip(mix, names, strict=True))
+        assert rows[1]["reward/mean"] == pytest.approx(mixed, rel=1e-5)
+        said = json.loads((tmp_path / name / "samples/000001.json").read_text())
+        measured = np.mean([len(row["completion"]) for row in said])
+        assert rows[1]["eval/length"] == pytest.approx(measured)
+
+
+def test_a_plugin_that_ends_the_program_is_an_error(base_flags, tmp_path):
+    (tmp_path / "r.py").write_text("import sys\ndef leave(*_):\n    sys.exit(0)\n")
+    with pytest.raises(RuntimeError, match="the plug-in ended the program"):
+        finish(*base_flags, "--reward", tmp_path / "r.py:leave", "--output-dir", tmp_path)
+
+
+def test_answers_without_tags_are_a_figure_of_their_own(models, files, eval_flags, tmp_path):
+    model = tiny_models.make_audio_lm(tmp_path / "model", "qwen2-audio", says=" Man")
+    flags = ["--model-id", model, "--output-dir", tmp_path, "--run-name", "r"]
+    finish(*eval_flags, *flags)
+    figures = json.loads((tmp_path / "r" / "summary.json").read_text())["final"]
+    assert figures["accuracy"] == 0
+    assert figures["accuracy_untagged"] == pytest.approx(200 / 3)  # two of three are Man
+    for text, inside in (
+        ("Man", "Man"),
+        ("<answer>Man</answer> Woman", "Man"),
+        ("<answer></answer> Man", ""),
+        ("Man</answer>", "Man</answer>"),
+        ("</answer>Man<answer>", "</answer>Man<answer>"),
+    ):
+        assert mmau.answer_or_all(text) == inside
 
 
 def test_an_existing_or_unwritable_folder_is_refused(base_flags, runs, tmp_path):
     folder = runs["adrpo"][0]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     line = refused(*base_flags, "--output-dir", folder.parent, "--run-name", folder.name)
-    assert f"--run-name {folder.name}: {folder} exists" in line
+    assert f"--run-name: cannot create {folder}" in line
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     (tmp_path / "file").write_text("")
-    line = refused(*base_flags, "--output-dir", tmp_path / "file")
-    assert f"--output-dir {tmp_path / 'file'}: cannot be written" in line
+    assert "--output-dir" in refused(*base_flags, "--output-dir", tmp_path / "file")
 
 
-def test_resume_refuses_other_flags_and_foreign_or_damaged_folders(runs, tmp_path):
+def test_resume_refuses_other_flags_and_foreign_folders(runs, tmp_path):
     run, _ = runs["adrpo"]
-    assert "--beta0 0.5: the resumed run has 0.04" in refused("--resume", run, "--beta0", "0.5")
-    assert "--reward-weights (9.0," in refused(
-        "--resume", run, "--reward-weights", "9", "1", "1", "1", "1"
-    )
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "args.json").write_text('{"script": "toy_mnist_flow", "args": {}}')
-    assert "is a run of toy_mnist_flow, not of adrpo_audio_mmau" in refused(
-        "--resume", tmp_path / "toy"
-    )
-    assert "no run of this script" in refused("--resume", "latest", "--output-dir", tmp_path)
-    for text in ("{", "[]", '{"script": "adrpo_audio_mmau", "args": {"none": 1}}'):
-        (tmp_path / "toy" / "args.json").write_text(text)
-        assert "its args.json is not this version's" in refused("--resume", tmp_path / "toy")
-    damaged = tmp_path / "damaged"
-    shutil.copytree(run, damaged)
-    (damaged / "checkpoints" / "000002.pt").write_bytes(b"nothing")
-    assert "000002.pt cannot be read" in refused("--resume", damaged)
-    assert read_metrics(damaged) == read_metrics(run)
+    line = refused("--resume", run, "--beta0", "0.5")
+    assert "goes on with its own flags; leave out ['--beta0']" in line
+    for flags in (["latest", "--output-dir", tmp_path], [""], [tmp_path]):
+        assert "no checkpoint in" in refused("--resume", *flags)
 
 
 # ------------------------------------------------------------------------------------ G. help, docs
@@ -2200,7 +2276,7 @@ def test_help_teaches_every_flag():
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             assert documented, field.target.id
             assert f"--{field.target.id.replace('_', '-')}" in out
-    for words in ("baseline", "KL coefficient", "CESAR", "--think-budgets"):
+    for words in ("baseline", "KL coefficient", "CESAR", "--think-budget"):
         assert words in out
 
 
@@ -2210,14 +2286,16 @@ def test_every_logged_tag_is_documented(runs):
     } - {"step"}
     prefixes = "reward|eval|losses|adrpo|completions|sampling|clip_ratio|charts"
     documented = set(re.findall(rf"`((?:{prefixes})/[A-Za-z0-9_/]+|kl|entropy)`", DOCS.read_text()))
-    assert written | {"adrpo/coefficient"} == documented  # that is a histogram
+    elsewhere = {"adrpo/coefficient", "charts/peak_memory_gb"}  # a histogram; on a GPU only
+    assert written | elsewhere == documented
 
 
 def test_every_flag_and_name_in_the_docs_exists():
     flags = {f"--{name.replace('_', '-')}" for name in mmau.Args.__dataclass_fields__}
     text = DOCS.read_text()
-    others = {"--nproc-per-node", "--use-fsdp", "--fsdp-version", "--num-processes", "--help"}
-    others |= {"--gpu", "--modes", "--family", "--lengths"}  # of the benchmarks
+    others = {"--nproc-per-node", "--help"}
+    others |= {"--gpu", "--modes", "--family", "--lengths", "--think-budgets"}  # of the benchmarks
+    others.add("--no-keep-adapters")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | others
     for name in re.findall(r"`([a-z]+_[a-z_]+|[A-Z]+_[A-Z]+)`", text):
         known = (

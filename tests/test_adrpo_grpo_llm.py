@@ -1675,5 +1675,5 @@ def test_every_flag_in_the_docs_exists():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", DOCS.read_text()))
     named |= set(re.findall(r"--[a-z][a-z0-9_-]*_[a-z0-9_-]+", DOCS.read_text()))
     others = {"--nproc-per-node", "--help", "--task", "--gpu", "--rare", "--count"}
-    others |= {"--no-keep-adapters"}
+    others |= {"--no-keep-adapters", "--steps", "--modes"}
     assert named <= flags | others

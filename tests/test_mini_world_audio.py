@@ -245,7 +245,8 @@ def test_files_are_what_the_script_reads(folder):
     args = script.Args(
         train_data=str(folder / "train.json"), eval_data=str(folder / "heldout.json")
     )
-    assert [len(part) for part in script.load_questions(args)[:2]] == [72, 36]
+    data = script.load_questions(args)
+    assert [len(data.train), len(data.heldout), data.skipped] == [72, 36, []]
 
 
 def test_the_folder_loads_in_stock_transformers(folder):
@@ -260,7 +261,7 @@ def test_the_folder_loads_in_stock_transformers(folder):
         "Ünknown 250 words\n",
     ):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-    stop, banned = script.special_tokens(model, processor)
+    stop, banned = script.stop_tokens(model, tokenizer), script.placeholders(processor)
     assert (tokenizer.convert_ids_to_tokens(stop), len(banned)) == (["<|im_end|>"], 3)
     row = json.loads((folder / "heldout.json").read_text())[0]
     wave = script.load_audio(folder / row["audio_id"], 2)
@@ -270,14 +271,16 @@ def test_the_folder_loads_in_stock_transformers(folder):
     assert 16 <= count <= 24
     tokens = model.generate(**inputs, max_new_tokens=5)
     assert tokens.shape[1] <= inputs.input_ids.shape[1] + 5
-    # Training heard what stock's forward, taken at the language model's input by the script, hears.
+    # Training heard what stock's forward gives its language model.
     clips = world.Clips(
         [row], inputs.input_features, inputs.feature_attention_mask, torch.tensor([count])
     )
-    embeds = script.embed_question(
-        script.Policy(model, banned), processor, text, wave, torch.device("cpu")
+    given = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, args, named: given.append(named["inputs_embeds"]), with_kwargs=True
     )
-    heard = embeds[inputs.input_ids[0] == tokenizer.convert_tokens_to_ids("<|AUDIO|>")]
+    model(**inputs)
+    heard = given[0][inputs.input_ids == tokenizer.convert_tokens_to_ids("<|AUDIO|>")]
     torch.testing.assert_close(world.hear(model, clips, torch.tensor([0])), heard)
 
 
