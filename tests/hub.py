@@ -19,6 +19,9 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import datasets
+import numpy
+import open_clip
+import soundfile
 import torch
 from safetensors.torch import load, save
 from tokenizers import pre_tokenizers
@@ -27,12 +30,21 @@ from transformers import (
     AutoModelForSequenceClassification,
     GemmaTokenizer,
     GenerationConfig,
+    Qwen2_5OmniConfig,
     Qwen2Tokenizer,
 )
 
 from tests import tiny_models
 
 QWEN, GEMMA, TLDR = "Qwen/Qwen2-0.5B-Instruct", "weqweasdas/RM-Gemma-2B", "trl-lib/tldr"
+SD3, DRAWBENCH = "stabilityai/stable-diffusion-3-medium-diffusers", "shunk031/DrawBench"
+CLIP = "timm/vit_large_patch14_clip_224.openai"  # where open_clip finds ViT-L-14, openai
+OMNI, MMAU = "Qwen/Qwen2.5-Omni-7B", "gamma-lab-umd/MMAU-test-mini"
+CLIP_CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 # The templates of the two: one writes a system message of its own, the other refuses any.
 QWEN_CHAT = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}\
 <|im_start|>system
@@ -74,7 +86,7 @@ class Hub:
     def __init__(self):
         self.repositories = {}  # by name: {"kind", "branches": {name: commit}, "commits"}
         self.gated = set()  # names
-        self.cut = {}  # file name: "once" (the connection ends after half of it), "always" (breaks)
+        self.cut = {}  # NAME/FILE: "once" (the connection ends after half of it), "always" (breaks)
         self.requests = []
         # Two, because large files come from elsewhere, and a redirect within the hub is followed.
         self.servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) for _ in "12"]
@@ -239,7 +251,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return self.send_head(name, file, status, len(content), headers)
         cuts = self.server.hub.cut
-        cut = cuts.get(Path(file).name)
+        cut = cuts.get(f"{name}/{file}")
         if cut is None:
             self.send_head(name, file, status, len(content), headers, len(content))
             self.wfile.write(content)
@@ -250,7 +262,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = True
         if cut == "once":
-            del cuts[Path(file).name]
+            del cuts[f"{name}/{file}"]
         else:  # not closed but broken: the client gets no second try at the rest
             reset = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
@@ -258,12 +270,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------- what is on this hub
-def publish_text(hub: Hub, folder: Path) -> None:
-    """The text script's defaults. Qwen2's head has more rows than its tokenizer has tokens, its
-    generation config a list of stop tokens and a repetition penalty, its file is bfloat16; RM-Gemma
-    is in shards and refuses system messages; TL;DR has splits in parquet and a card with their
-    sizes. Beside the model lie what nobody should fetch: its weights in other formats, and two
-    branches, `unfinished` (a weight is not in the file) and `empty` (no weights)."""
+def publish_text(hub: Hub, folder: Path) -> dict[str, set[str]]:
+    """The text script's defaults; the large files that it needs of each. Qwen2's head has more rows
+    than its tokenizer has tokens, its generation config a list of stop tokens and a repetition
+    penalty, its file is bfloat16; RM-Gemma is in shards and refuses system messages; TL;DR's splits
+    are parquet. Beside Qwen2 lie what nobody should fetch, its weights in other formats."""
     torch.manual_seed(2)
     letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=letters, eos_token="<|im_end|>")
@@ -284,7 +295,7 @@ def publish_text(hub: Hub, folder: Path) -> None:
     (folder / "qwen2/onnx").mkdir()
     (folder / "qwen2/onnx/model.onnx").write_bytes(b"onnx")
     hub.publish(QWEN, folder / "qwen2")
-    publish_without(hub, QWEN, "model.safetensors", "model.layers.1.mlp.down_proj.weight")
+    publish_without(hub, QWEN, "model.safetensors")
 
     special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
     pieces = [*special, *[f"<0x{byte:02X}>" for byte in range(256)], "\u2581"]
@@ -306,6 +317,100 @@ def publish_text(hub: Hub, folder: Path) -> None:
         table = datasets.Dataset.from_dict({"prompt": prompts, "completion": [" a cat."] * count})
         publish_table(folder / "tldr", table, split)
     hub.publish(TLDR, folder / "tldr", "datasets")
+    needed = {QWEN: {"model.safetensors"}, GEMMA: large(hub, GEMMA), TLDR: large(hub, TLDR)}
+    return needed
+
+
+def publish_image(hub: Hub, folder: Path) -> dict[str, set[str]]:
+    """The image script's defaults; the large files that it needs of each. SD3's files are float16
+    and there twice, once named fp16; transformer and T5 are in shards; DrawBench is a script, its
+    rows are on another branch; OpenAI's CLIP is there twice, its architecture the tiny one of
+    CLIP_CONFIG, which open_clip has to be told (open_clip.add_model_config)."""
+    pipe = tiny_models.load_sd3(tiny_models.make_sd3(folder / "float32")).to(torch.float16)
+    sharded = {"transformer": "120KB", "text_encoder_3": "80KB"}
+    for variant in (None, "fp16"):
+        pipe.save_pretrained(folder / "sd3", variant=variant)
+        for part, size in sharded.items():
+            for file in (folder / "sd3" / part).glob("*.safetensors"):
+                if "-of-" not in file.name:
+                    file.unlink()
+            options = {"variant": variant, "max_shard_size": size}
+            getattr(pipe, part).save_pretrained(folder / "sd3" / part, **options)
+    hub.publish(SD3, folder / "sd3")
+    parts = {file for file in large(hub, SD3) if "fp16" not in file}
+    lost = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+    publish_without(hub, SD3, lost)
+
+    torch.manual_seed(1)
+    clip = open_clip.CLIP(**CLIP_CONFIG, quick_gelu=True)
+    weights = save(clip.state_dict(), {"format": "pt"})
+    files = {"open_clip_model.safetensors": weights, "open_clip_pytorch_model.bin": b"pickle"}
+    hub.publish(CLIP, files | {"model.safetensors": b"timm's", "config.json": b"{}"})
+
+    colours, things = ("red", "blue"), ("fox", "car", "tree", "chair", "bird", "book")
+    prompts = [f"a {colour} {thing}" for colour in colours for thing in things]
+    columns = {"prompts": prompts, "category": ["Colors"] * len(prompts)}
+    path = folder / "drawbench/default/test/0000.parquet"
+    path.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+    hub.publish(DRAWBENCH, {"DrawBench.py": b"import datasets", "README.md": b""}, "datasets")
+    hub.publish(DRAWBENCH, folder / "drawbench", "datasets", "refs/convert/parquet")
+    rows = large(hub, DRAWBENCH, "refs/convert/parquet")
+    return {SD3: parts, CLIP: {"open_clip_model.safetensors"}, DRAWBENCH: rows}
+
+
+def publish_audio(hub: Hub, folder: Path) -> dict[str, set[str]]:
+    """The audio script's default model and MMAU, and in `folder` training data, avqa.json and wavs;
+    the large files that it needs of each. Omni is in shards, bfloat16, its thinker's weights under
+    `thinker.` and beside those of talker and vocoder; MMAU has its clips in the table, and most
+    columns in one."""
+    thinker = tiny_models.make_audio_lm(folder / "thinker", "omni")
+    weights = load((thinker / "model.safetensors").read_bytes())
+    config = json.loads((thinker / "config.json").read_text())
+    Qwen2_5OmniConfig(thinker_config=config, dtype="bfloat16").save_pretrained(thinker)
+    names = sorted(weights)
+    middle = len(names) // 2
+    shards = [
+        {f"thinker.{name}": weights[name].bfloat16() for name in half}
+        for half in (names[:middle], names[middle:])
+    ]
+    shards[1] |= {"talker.x": torch.ones(2), "token2wav.x": torch.ones(2)}
+    (thinker / "model.safetensors").unlink()
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        (thinker / file).write_bytes(save(shard, {"format": "pt"}))
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (thinker / "model.safetensors.index.json").write_text(json.dumps(index))
+    (thinker / "spk_dict.pt").write_bytes(b"voices")
+    hub.publish(OMNI, thinker)
+    publish_without(hub, OMNI, "model-00001-of-00002.safetensors")
+
+    (folder / "wavs").mkdir()
+    seconds = numpy.arange(16000) / 16000
+    rows, choices, clips = [], ["Man", "Woman", "Child", "Robot"], []
+    for number in range(12):
+        wave = 0.3 * numpy.sin(2 * numpy.pi * 110 * (number + 2) * seconds)
+        soundfile.write(folder / f"wavs/clip{number}.wav", wave, 16000)
+        clips.append((folder / f"wavs/clip{number}.wav").read_bytes())
+        asked = {"video_name": f"clip{number}", "question_text": "Who is heard in the video?"}
+        rows.append(asked | {"multi_choice": choices, "answer": number % 4})
+    (folder / "avqa.json").write_text(json.dumps(rows[:8]))
+    tests = range(8, 12)
+    columns = {"instruction": ["Who speaks?"] * 4, "choices": [choices] * 4, "answer": choices}
+    columns["context"] = [{"bytes": clips[n], "path": f"clip{n}.wav"} for n in tests]
+    other = [{"id": f"mmau-{n}", "task": "speech", "difficulty": "easy"} for n in tests]
+    columns["other_attributes"] = [json.dumps(one) for one in other]
+    table = datasets.Dataset.from_dict(columns).cast_column("context", datasets.Audio())
+    publish_table(folder / "mmau", table, "test")
+    hub.publish(MMAU, folder / "mmau", "datasets")
+    return {OMNI: large(hub, OMNI) - {"spk_dict.pt"}, MMAU: large(hub, MMAU)}
+
+
+def large(hub: Hub, name: str, branch: str = "main") -> set[str]:
+    """The large files of a branch, but for those in another format."""
+    return {f for f in hub.files(name, branch) if f.endswith((".safetensors", ".parquet", ".pt"))}
 
 
 def publish_table(folder: Path, table: datasets.Dataset, split: str) -> None:
@@ -321,12 +426,12 @@ def publish_table(folder: Path, table: datasets.Dataset, split: str) -> None:
     card.write_text(f"---\n{json.dumps(splits)}\n---\n")  # JSON is YAML
 
 
-def publish_without(hub: Hub, name: str, file: str, weight: str) -> None:
-    """Two more branches of a model: `unfinished`, where a weight is not in a file, and `empty`,
+def publish_without(hub: Hub, name: str, file: str) -> None:
+    """Two more branches of a model: `unfinished`, where a weight is not in this file, and `empty`,
     where there are no weights."""
     files = dict(hub.files(name))
     hub.publish(name, {f: c for f, c in files.items() if not f.endswith(LARGE)}, branch="empty")
     weights = load(files[file])
-    del weights[weight]
+    weights.pop(next(key for key in sorted(weights) if key.endswith("weight")))
     files[file] = save(weights, {"format": "pt"})
     hub.publish(name, files, branch="unfinished")
