@@ -8,6 +8,7 @@ about the real ones: see publish_text, publish_image and publish_audio."""
 
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
@@ -343,9 +344,11 @@ def publish_image(hub: Hub, folder: Path) -> dict[str, set[str]]:
 
     torch.manual_seed(1)
     clip = open_clip.CLIP(**CLIP_CONFIG, quick_gelu=True)
-    weights = save(clip.state_dict(), {"format": "pt"})
-    files = {"open_clip_model.safetensors": weights, "open_clip_pytorch_model.bin": b"pickle"}
-    hub.publish(CLIP, files | {"model.safetensors": b"timm's", "config.json": b"{}"})
+    pickled = io.BytesIO()
+    torch.save(clip.state_dict(), pickled)
+    files = {"open_clip_model.safetensors": save(clip.state_dict(), {"format": "pt"})}
+    files |= {"open_clip_pytorch_model.bin": pickled.getvalue(), "model.safetensors": b"timm's"}
+    hub.publish(CLIP, files | {"config.json": b"{}"})
 
     colours, things = ("red", "blue"), ("fox", "car", "tree", "chair", "bird", "book")
     prompts = [f"a {colour} {thing}" for colour in colours for thing in things]
