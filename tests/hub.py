@@ -65,7 +65,7 @@ ACCEPTED = "hf_accepted"  # the token of a user who has accepted every licence
 # /OWNER/NAME/resolve/REVISION/FILE, with /datasets before it for a data set's; and the same with
 # /api/models or /api/datasets before it, where a REVISION may be all that follows
 ROUTE = re.compile(
-    r"/(?P<api>api/)?((?P<kind>models|datasets)/)?(?P<name>[^/]+/[^/]+)"
+    r"/(api/)?((?P<kind>models|datasets)/)?(?P<name>[^/]+/[^/]+)"
     r"(/(?P<action>resolve|revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.*))?)?"
 )
 LARGE = (".safetensors", ".bin", ".pt", ".onnx", ".parquet", ".wav")  # kept outside git, as LFS
@@ -124,15 +124,6 @@ class Hub:
         """A branch's files."""
         repository = self.repositories[name]
         return repository["commits"][repository["branches"][branch]]
-
-    def fetched(self, repository: str | None = None) -> dict[str, int]:
-        """Bytes sent of each file, as REPOSITORY/FILE, or of one repository as FILE."""
-        sent = {}
-        for request in list(self.requests):
-            name = request.file if repository else f"{request.repository}/{request.file}"
-            if request.sent and repository in (None, request.repository):
-                sent[name] = sent.get(name, 0) + request.sent
-        return sent
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -240,25 +231,19 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_file(self, name: str, file: str, content: bytes, headers=()) -> None:
-        """The file, or the range of it that is asked for; half of it where it is to be cut."""
+        """The file; half of it where it is to be cut."""
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        headers = dict(headers) | {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
-        status, whole = 200, len(content)
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
-            first, last = int(wanted[1]), int(wanted[2] or whole - 1)
-            status, content = 206, content[first : last + 1]
-            headers["Content-Range"] = f"bytes {first}-{first + len(content) - 1}/{whole}"
+        headers = dict(headers) | {"ETag": f'"{oid}"'}
         if self.command == "HEAD":
-            return self.send_head(name, file, status, len(content), headers)
+            return self.send_head(name, file, 200, len(content), headers)
         cuts = self.server.hub.cut
         cut = cuts.get(f"{name}/{file}")
         if cut is None:
-            self.send_head(name, file, status, len(content), headers, len(content))
+            self.send_head(name, file, 200, len(content), headers, len(content))
             self.wfile.write(content)
             return
         half = content[: len(content) // 2]
-        self.send_head(name, file, status, len(content), headers, len(half))
+        self.send_head(name, file, 200, len(content), headers, len(half))
         self.wfile.write(half)
         self.wfile.flush()
         self.close_connection = True
@@ -318,8 +303,7 @@ def publish_text(hub: Hub, folder: Path) -> dict[str, set[str]]:
         table = datasets.Dataset.from_dict({"prompt": prompts, "completion": [" a cat."] * count})
         publish_table(folder / "tldr", table, split)
     hub.publish(TLDR, folder / "tldr", "datasets")
-    needed = {QWEN: {"model.safetensors"}, GEMMA: large(hub, GEMMA), TLDR: large(hub, TLDR)}
-    return needed
+    return {QWEN: {"model.safetensors"}, GEMMA: large(hub, GEMMA), TLDR: large(hub, TLDR)}
 
 
 def publish_image(hub: Hub, folder: Path) -> dict[str, set[str]]:
@@ -408,12 +392,12 @@ def publish_audio(hub: Hub, folder: Path) -> dict[str, set[str]]:
     table = datasets.Dataset.from_dict(columns).cast_column("context", datasets.Audio())
     publish_table(folder / "mmau", table, "test")
     hub.publish(MMAU, folder / "mmau", "datasets")
-    return {OMNI: large(hub, OMNI) - {"spk_dict.pt"}, MMAU: large(hub, MMAU)}
+    return {OMNI: large(hub, OMNI), MMAU: large(hub, MMAU)}
 
 
 def large(hub: Hub, name: str, branch: str = "main") -> set[str]:
-    """The large files of a branch, but for those in another format."""
-    return {f for f in hub.files(name, branch) if f.endswith((".safetensors", ".parquet", ".pt"))}
+    """The weights and tables of a branch."""
+    return {file for file in hub.files(name, branch) if file.endswith((".safetensors", ".parquet"))}
 
 
 def publish_table(folder: Path, table: datasets.Dataset, split: str) -> None:

@@ -113,7 +113,7 @@ class Place:
 
     def __init__(self, folder: Path, hub: Hub):
         self.folder, self.hub, self.home, self.count = folder, hub, folder / "home", 0
-        hub_variables = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        hub_variables = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
         variables = {name: v for name, v in os.environ.items() if name[:3] != "HF_"}
         variables |= hub_variables | {"HF_HOME": str(self.home), "PYTHONPATH": str(ROOT)}
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder}
@@ -122,10 +122,8 @@ class Place:
         self.pythons = {}
         for offline in ("0", "1"):
             environment = variables | {"HF_HUB_OFFLINE": offline}
-            python = subprocess.Popen(
-                [sys.executable, "-c", RUNNER, str(folder)], env=environment, **options
-            )
-            self.pythons[offline] = python
+            command = [sys.executable, "-c", RUNNER, str(folder)]
+            self.pythons[offline] = subprocess.Popen(command, env=environment, **options)
 
     def run(self, argv: list[str], token: str = ACCEPTED, offline: bool = False):
         """Exit status and output of a script."""
@@ -292,6 +290,6 @@ def test_without_t5_its_files_are_not_fetched(place):
 
 def test_clip_that_cannot_be_fetched_is_named(place):
     place.hub.gated.add(CLIP)
-    place.refuses("adrpo_fm_sd3", "--clip-model")
+    place.refuses("adrpo_fm_sd3", "--clip-model", token="")
     place.hub.gated.clear()
     place.works("adrpo_fm_sd3")
