@@ -61,7 +61,7 @@ import transformers
 import tyro
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, is_offline_mode
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2 import functional as TF
@@ -598,7 +598,11 @@ class Clip:
         # OpenAI's weights were trained with another GELU than the architecture of that name has.
         known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
         options = {"force_quick_gelu": bool(known.get("quick_gelu")), "device": device}
-        model = open_clip.create_model(name, pretrained, require_pretrained=True, **options)
+        try:
+            model = open_clip.create_model(name, pretrained, require_pretrained=True, **options)
+        except Exception as error:
+            reason = f"{pretrained} cannot be loaded ({type(error).__name__}: {error})"
+            raise InputError(f"--clip-model {name}, --clip-pretrained {reason}") from error
         self.source = name if pretrained is None else f"{name}:{pretrained}"
         if known.get("hf_hub"):  # the folder of the file in the hub's cache is named by the commit
             self.source += f"@{Path(open_clip.download_pretrained(known)).parent.name}"
@@ -789,11 +793,15 @@ def load_pipeline(
             continue
         options = {"subfolder": part, "revision": revision, "output_loading_info": True}
         options["dtype"] = torch.float32 if part == "vae" else dtype
+        options["local_files_only"] = is_offline_mode()  # else diffusers asks about shards
         try:
             network, report = kind.from_pretrained(name, **options)
-        except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
-            raise InputError(f"--model-id {name}: {part} cannot be loaded ({error})") from error
-        missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        except Exception as error:
+            reason = f"{part} cannot be loaded ({type(error).__name__}: {error})"
+            raise InputError(f"--model-id {name}: {reason}") from error
+        # Of shards diffusers reports what the index promises; what the files lack stays empty.
+        empty = {key for key, weight in network.named_parameters() if weight.is_meta}
+        missing = sorted({*map(str, [*report["missing_keys"], *report["mismatched_keys"]]), *empty})
         if missing:
             lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
             raise InputError(f"--model-id {name}: {part}: {lost}")
