@@ -261,9 +261,9 @@ class Args:
     """AdamW"""
     max_grad_norm: float = 1.0
     """gradient norm clip"""
-    train_tokens: int = 2048
-    """tokens of prompts, and of completions, in one pass, at their greatest lengths; changes memory
-    and speed, not the result"""
+    train_tokens: int = 1024
+    """tokens of prompts, and of completions, in one pass, at their greatest lengths (1024 fits the
+    7B thinker with a LoRA into 48 GB); changes memory and speed, not the result"""
 
     # ---------------------------------------------------------------- evaluation, checkpoints
     eval_every: int = 100
@@ -481,8 +481,9 @@ def complete(policy: Policy, inputs: dict[str, Tensor], uniforms: Tensor) -> tup
         new = StaticCache(model.config, max_cache_len=shape[1])
         cache = policy.static.setdefault(shape, new)
         cache.reset()
-        for number, layer in enumerate(layers):
-            cache.update(layer.keys, layer.values, number)
+        while layers:  # freed one by one
+            layer = layers.pop()
+            cache.update(layer.keys, layer.values, len(layers))
     choose = ChooseByUniform(uniforms.flatten(0, 1), policy)
     settings = GenerationConfig(  # the likeliest token of what `choose` leaves: its choice
         max_new_tokens=uniforms.shape[2], do_sample=False, eos_token_id=policy.stop
@@ -812,8 +813,12 @@ def score(completions: list[str], tokens: list[int], rows: list[dict], plugins: 
     columns = [torch.tensor(column) for column in columns]
     for name, function in plugins.items():
         prompts = [question_text(row, args.think_budget) for row in rows]
-        values = function(prompts, completions, rows)
-        rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
+        # A function may write into what it gets.
+        values = function(prompts, list(completions), copy.deepcopy(rows))
+        try:
+            rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--reward {name}: gave no list of floats ({error})") from error
         if rewards.shape != (len(completions),) or not rewards.isfinite().all():
             bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
             raise InputError(f"--reward {name}: must give {len(rows)} finite floats ({bad})")
@@ -831,6 +836,8 @@ def load_plugin(spec: str) -> Callable:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # where dataclasses and pickle look it up
     module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise InputError(f"--reward {spec}: {path} has no function {name}")
     return getattr(module, name)
 
 
@@ -1182,7 +1189,10 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     try:
         path = hf_hub_download(name, "config.json", revision=revision or None)
     except Exception as error:
-        remedy = f"give a folder, or accept the licence at https://huggingface.co/{name} and log in"
+        remedy = (
+            "give a folder or a NAME[@REVISION] that is there; where it is gated, log in, with "
+        )
+        remedy += f"its licence accepted at https://huggingface.co/{name}"
         reason = f"no config.json ({type(error).__name__}: {error})"
         raise InputError(f"{flag} {spec}: {reason}; {remedy}") from error
     return name, Path(path).parent.name
@@ -1284,6 +1294,9 @@ def load_policy(args: Args, source: tuple, processor, longest: int, device, bf16
         decoder.requires_grad_(True)
         head.requires_grad_(True)
         decoder.embed_tokens.requires_grad_(False)  # and with it a head that is tied to it
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        what = "its whole modules would train in bfloat16; add --precision fp32"
+        raise InputError(f"--adapter {args.adapter}: {what}")
     if args.gradient_checkpointing:
         options = {"use_reentrant": False}
         language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -30,6 +30,7 @@ learns in minutes. Equations, metrics, results, time and memory: docs/adrpo_fm_s
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -641,14 +642,20 @@ def load_plugin(spec: str) -> Callable:
     sys.path.append(str(Path(path).parent))
     sys.modules[module_name] = module  # where dataclasses and pickle look it up
     module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise InputError(f"--reward, --eval-metrics {spec}: {path} has no function {name}")
     return getattr(module, name)
 
 
 @torch.no_grad()
 def score(name: str, function: Callable, images: Tensor, prompts: list, rows: list) -> Tensor:
     """One reward of images [B,3,H,W] -> float32 [B]. Raises InputError when it gives others."""
-    values = function(images, prompts, rows)
-    rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
+    # A function may write into what it gets.
+    values = function(images.clone(), list(prompts), copy.deepcopy(rows))
+    try:
+        rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--reward {name}: gave no list of floats ({error})") from error
     if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
         bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
         raise InputError(f"--reward {name}: must give {len(images)} finite floats ({bad})")
@@ -774,7 +781,10 @@ def find_model(spec: str) -> tuple[str, str | None]:
     try:
         path = hf_hub_download(name, "model_index.json", revision=revision or None)
     except Exception as error:
-        remedy = f"give a folder, or accept the licence at https://huggingface.co/{name} and log in"
+        remedy = (
+            "give a folder or a NAME[@REVISION] that is there; where it is gated, log in, with "
+        )
+        remedy += f"its licence accepted at https://huggingface.co/{name}"
         reason = f"no model_index.json ({type(error).__name__}: {error})"
         raise InputError(f"--model-id {spec}: {reason}; {remedy}") from error
     return name, Path(path).parent.name

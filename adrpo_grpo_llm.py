@@ -142,7 +142,7 @@ class Args:
     prompt_column: str | None = None
     """text or chat messages; default: the first of prompt, question, text, messages"""
     dataset_split: str | None = None
-    """split of a hub data set; default: its first"""
+    """split of a hub data set, of --eval-dataset too; default: its first"""
     chat: bool = False
     """wrap plain text prompts in the model's chat template; lists of messages always are"""
     chat_template_kwargs: str = "{}"
@@ -181,7 +181,8 @@ class Args:
     top_k: int = 0
     """above 0: sample from the so many likeliest tokens; like --top-p"""
     rollout_batch: int = 64
-    """completions rolled out at once, per process; changes memory and speed, not the result"""
+    """completions rolled out at once, per process, at least one group; changes memory and speed,
+    not the result"""
 
     # ------------------------------------------------------------------------------ fine-tuning
     method: Literal["adrpo", "grpo"] = "adrpo"
@@ -380,8 +381,9 @@ def complete(policy: Policy, prompts: list[list[int]], uniforms: Tensor) -> tupl
         new = StaticCache(model.config, max_cache_len=shape[1])
         cache = policy.static.setdefault(shape, new)
         cache.reset()
-        for number, layer in enumerate(layers):
-            cache.update(layer.keys, layer.values, number)
+        while layers:  # freed one by one
+            layer = layers.pop()
+            cache.update(layer.keys, layer.values, len(layers))
     choose = ChooseByUniform(uniforms.flatten(0, 1), policy)
     settings = GenerationConfig(  # the likeliest token of what `choose` leaves: its choice
         max_new_tokens=uniforms.shape[2], do_sample=False, eos_token_id=policy.stop
@@ -613,6 +615,7 @@ class RewardModel:
         config.pad_token_id = self.tokenizer.pad_token_id  # before which the logit is taken
         self.tokenizer.truncation_side = "left"  # of a text that is too long the completion stays
         limit = getattr(config, "max_position_embeddings", None) or 2048
+        limit = min(limit, self.tokenizer.model_max_length)
         self.options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
         self.options |= {"truncation": True, "max_length": limit}
         self.options["add_special_tokens"] = not self.tokenizer.chat_template  # which writes them
@@ -621,7 +624,11 @@ class RewardModel:
         messages = [*as_messages(prompt), {"role": "assistant", "content": completion}]
         if not self.tokenizer.chat_template:
             return "\n".join(message["content"] for message in messages)
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:
+            roles = [message["role"] for message in messages]
+            raise InputError(f"--reward-model: its template refuses {roles} ({error})") from error
 
     def __call__(self, prompts: list, completions: list[str], rows: list[dict]) -> Tensor:
         texts = list(map(self.text, prompts, completions))
@@ -644,10 +651,12 @@ def load_plugin(spec: str) -> Callable:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # where dataclasses and pickle look it up
     module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise InputError(f"--reward {spec}: {path} has no function {name}")
     return getattr(module, name)
 
 
-def build_judges(args: Args, models: list[tuple], train: list["Prompt"], device, dtype) -> Judges:
+def build_judges(args: Args, models: list[tuple], prompts: list, device, dtype) -> Judges:
     """Rewards and their weights, tried on a prompt of each kind: a wrong plug-in, and a template
     that refuses system messages, are found at once."""
     names = [Path(name).name for name, _ in models]
@@ -658,7 +667,7 @@ def build_judges(args: Args, models: list[tuple], train: list["Prompt"], device,
     functions += [load_plugin(spec) for spec in args.reward]
     weights = torch.tensor(args.reward_weights or [1.0] * len(functions))
     judges = Judges(dict(zip(names, functions, strict=True)), weights)
-    kinds = {tuple(m["role"] for m in as_messages(p.row["prompt"])): p.row for p in train}
+    kinds = {tuple(m["role"] for m in as_messages(p.row["prompt"])): p.row for p in prompts}
     score(judges, ["", "a completion"] * len(kinds), [row for row in kinds.values() for _ in "12"])
     return judges
 
@@ -669,8 +678,12 @@ def score(judges: Judges, completions: list[str], rows: list[dict]) -> Tensor:
     another number of values, or one that is not finite."""
     columns = []
     for name, function in judges.rewards.items():
-        values = function([row["prompt"] for row in rows], completions, rows)
-        values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+        own = copy.deepcopy(rows)  # a function may write into what it gets
+        values = function([row["prompt"] for row in own], list(completions), own)
+        try:
+            values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--reward {name}: gave no list of floats ({error})") from error
         if values.shape != (len(rows),) or not values.isfinite().all():
             bad = f"shape {list(values.shape)}, {(~values.isfinite()).sum()} not finite"
             raise InputError(f"--reward {name}: must give {len(rows)} finite floats ({bad})")
@@ -771,6 +784,8 @@ def encode_prompts(tokenizer, rows: list[dict], chat: bool, options: str = "{}")
     except (TypeError, ValueError) as error:
         raise InputError(f"--chat-template-kwargs {options}: give a JSON object") from error
     templated = [row for row in rows if chat or isinstance(row["prompt"], list)]
+    if options != "{}" and not templated:
+        raise InputError("--chat-template-kwargs: plain prompts go through no template; add --chat")
     if 0 < len(templated) < len(rows):
         raise InputError("--dataset: some prompts are plain text, some are messages; add --chat")
     if templated and not tokenizer.chat_template:
@@ -828,7 +843,10 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     try:
         path = hf_hub_download(name, "config.json", revision=revision or None)
     except Exception as error:
-        remedy = f"give a folder, or accept the licence at https://huggingface.co/{name} and log in"
+        remedy = (
+            "give a folder or a NAME[@REVISION] that is there; where it is gated, log in, with "
+        )
+        remedy += f"its licence accepted at https://huggingface.co/{name}"
         reason = f"no config.json ({type(error).__name__}: {error})"
         raise InputError(f"{flag} {spec}: {reason}; {remedy}") from error
     return name, Path(path).parent.name
@@ -910,9 +928,14 @@ def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Pol
     elif lora:
         targets = "all-linear" if args.lora_targets == ("all-linear",) else list(args.lora_targets)
         options = {"lora_alpha": args.lora_alpha, "target_modules": targets}
-        model = get_peft_model(
-            model, LoraConfig(r=args.lora_rank, task_type="CAUSAL_LM", **options)
-        )
+        try:
+            lora_config = LoraConfig(r=args.lora_rank, task_type="CAUSAL_LM", **options)
+            model = get_peft_model(model, lora_config)
+        except ValueError as error:
+            raise InputError(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from error
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        what = "its whole modules would train in bfloat16; add --precision fp32"
+        raise InputError(f"--adapter {args.adapter}: {what}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for layer in model.modules():  # in training mode then, and some drop out themselves (OPT)
@@ -938,10 +961,10 @@ def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Pol
 
 
 def shard(network: nn.Module, bf16: bool) -> None:
-    """Split a network over the processes (FSDP2), layer by layer."""
+    """Split a network over the processes (FSDP2), layer by layer, from the inside out."""
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
     options = {"mp_policy": MixedPrecisionPolicy(**options), "reshard_after_forward": True}
-    for part in network.modules():
+    for part in reversed([*network.modules()]):
         if type(part).__name__ in (network._no_split_modules or ()):
             fully_shard(part, **options)
     fully_shard(network, **options)
@@ -1135,6 +1158,8 @@ def check_args(args: Args, processes: int) -> None:
         raise InputError("--group-size: 2 or more, the others are the baseline; --top-p: up to 1")
     if args.prompts_per_update % processes:
         raise InputError(f"--prompts-per-update: must be a multiple of {processes} processes")
+    if args.adapter and args.lora_rank:
+        raise InputError("--lora-rank: --adapter has a rank of its own; leave one of them out")
     if args.fsdp and (args.lora_rank or args.adapter or processes == 1):
         raise InputError("--fsdp: for all weights (no LoRA) over several processes of torchrun")
     if int(os.environ.get("WORLD_SIZE", "1")) != processes:
@@ -1174,7 +1199,7 @@ def main(args: Args) -> None:
     prompts_sha256 = hashlib.sha256(repr((train, heldout)).encode()).hexdigest()
     if resumed and prompts_sha256 != stored["prompts_sha256"]:
         raise InputError(f"--dataset {args.dataset}: other prompts than when the run began")
-    judges = build_judges(args, reward_models, train, device, dtype)
+    judges = build_judges(args, reward_models, [*train, *heldout], device, dtype)
 
     seed_everything(args.seed)
     policy = load_policy(args, source, tokenizer, device, dtype == torch.bfloat16)
