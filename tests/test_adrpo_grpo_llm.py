@@ -1228,6 +1228,51 @@ def test_a_reward_adapter_brings_its_head(models, tmp_path):
         llm.RewardModel((str(cut), None), 3, CPU, torch.float32)
 
 
+def test_a_reward_adapter_on_a_plain_language_model(models, tmp_path):
+    """Its base says nothing of one logit."""
+    kind = AutoModelForSequenceClassification
+    model = kind.from_pretrained(models("llama"), num_labels=1)
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"])
+    lora = peft.get_peft_model(model, config).eval()
+    lora.save_pretrained(tmp_path / "lora")
+    tiny_models.make_tokenizer(tmp_path / "lora")
+    reward = llm.RewardModel((str(tmp_path / "lora"), None), 3, CPU, torch.float32)
+    ids = torch.tensor([[6, 9, 12]])
+    torch.testing.assert_close(reward.model(ids).logits, lora(ids).logits)
+
+
+def test_a_reward_that_writes_into_its_inputs_changes_nothing_else():
+    def writes(prompts, completions, rows):
+        for row in rows:
+            row["prompt"] = "x"
+            row["turns"].append("x")
+        completions[:] = prompts[:] = ["x"] * len(rows)
+        return [1.0] * len(rows)
+
+    def length(prompts, completions, rows):
+        turns = [len(row["turns"]) for row in rows]
+        pairs = zip(prompts, completions, turns, strict=True)
+        return [float(len(p) + 10 * len(c) + 1000 * n) for p, c, n in pairs]
+
+    rows = [{"prompt": "the cat", "turns": []}, {"prompt": "a", "turns": []}]
+    completions = ["sees", ""]
+    judges = llm.Judges({"writes": writes, "length": length}, torch.ones(2))
+    for _ in range(2):
+        assert llm.score(judges, completions, rows).tolist() == [[1, 47], [1, 1]]
+    assert rows == [{"prompt": "the cat", "turns": []}, {"prompt": "a", "turns": []}]
+    assert completions == ["sees", ""]
+
+
+def test_whole_modules_of_an_adapter_never_train_in_bfloat16(models, base_flags, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    model = AutoModelForCausalLM.from_pretrained(models("world"))
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+    flags = [base_flags, "--adapter", tmp_path / "lora", "--output-dir", tmp_path / "runs"]
+    assert "--precision fp32" in refused(*flags, "--precision", "bf16")
+    assert not (tmp_path / "runs").exists()
+    finish(*flags, "--run-name", "r")
+
+
 # ------------------------------------------------------------------------------------------ F. data
 
 
@@ -1391,7 +1436,11 @@ def bad(models, runs, tmp_path_factory):
         "def short(p, c, r):\n    return [0.0]\n"
         "def mean(p, c, r):\n    return [0.0] * len(c)\n"
         "def words(p, c, r):\n    return [0.0] * len(c)\n"
+        "def none(p, c, r):\n    pass\n"
+        "def text(p, c, r):\n    return c\n"
     )
+    mixed = [*chats[:3], {"prompt": "the dog"}]
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     (folder / "folder").mkdir()
     cut = shutil.copytree(models("world"), folder / "cut")
     (cut / "model.safetensors").write_bytes(b"nothing")
@@ -1417,7 +1466,10 @@ BAD = """
 --dataset {bad}/columns.jsonl | --dataset {bad}/chat.jsonl --prompt-column text |
 --max-prompt-length 16 --dataset {bad}/long.txt | --max-prompt-length 125 |
 --reward {bad}/no.py:words | --reward words | --reward {bad}/mine.py:nan |
---reward {bad}/mine.py:short | --reward {bad}/mine.py:mean |
+--reward {bad}/mine.py:short | --reward {bad}/mine.py:mean | --reward {bad}/mine.py:none |
+--reward {bad}/mine.py:text | --reward {bad}/mine.py:wrods | --dataset {bad}/mixed.jsonl |
+--lora-targets nothing --lora-rank 4 | --lora-rank 4 --adapter {bad}/lora |
+--adapter {bad}/folder | --chat-template-kwargs [1] | --chat-template-kwargs {{"a":1}} |
 --reward {bad}/mine.py:words {files}/mine.py:words | --reward-model {bad}/headless |
 --reward-model {bad}/two | --reward-model {bad}/none | --reward-weights nan |
 --reward-weights 1 2 | --group-size 1 | --prompts-per-update 0 | --top-p 0 | --top-p 1.1 |
