@@ -861,6 +861,9 @@ class StoredClip:
     def __str__(self) -> str:
         return self.name
 
+    def __deepcopy__(self, _) -> "StoredClip":
+        return self  # a place in a file
+
 
 class Question(NamedTuple):
     """A row of the data and its clip."""

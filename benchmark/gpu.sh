@@ -28,6 +28,6 @@ part 150 sd3 "$python" benchmark/speed_sd3.py full "$work/sd3"
 # 4. Text: a whole step against TRL's.
 part 80 llm "$python" benchmark/speed_llm.py --gpu --steps 4 --modes full --lengths 850,100 --output "$out/llm.json"
 # 5. The 7B thinker of Qwen2.5-Omni with a LoRA, random weights.
-part 70 audio "$python" benchmark/speed_audio.py --gpu --steps 3 --lengths 310,100
+part 70 audio "$python" benchmark/speed_audio.py --gpu --steps 3 --lengths 310,100 --output "$out/audio.json"
 # 6. The toy's demo.
 part 30 toy "$python" toy_mnist_flow.py --quick --dataset digits --output-dir "$work/toy"

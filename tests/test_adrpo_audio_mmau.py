@@ -2204,6 +2204,32 @@ def test_a_flag_given_twice_is_refused(second):
     assert code == "error: a flag is given twice; give all its values after one"
 
 
+def test_a_plugin_that_writes_into_its_inputs_changes_nothing_else(tmp_path):
+    def writes(prompts, completions, rows):
+        for row in rows:
+            row["choices"].clear()
+            row["answer"] = "x"
+        completions[:] = ["x"] * len(rows)
+        return [1.0] * len(rows)
+
+    def reads(prompts, completions, rows):
+        return [
+            float(len(row["choices"]) + 10 * len(text))
+            for row, text in zip(rows, completions, strict=True)
+        ]
+
+    cells = object()  # of a data set: must not be copied
+    clip = mmau.StoredClip("a.wav", cells, 0)
+    row = {"audio": clip, "question": "Who?", "choices": [*CHOICES], "answer": CHOICES[0]}
+    text = f"<answer>{CHOICES[0]}</answer>"
+    args = mmau.Args(train_data="x")
+    scored = mmau.score([text], [3], [row], {"writes": writes, "reads": reads}, args)
+    assert scored[0, -2:].tolist() == [1, 4 + 10 * len(text)]
+    assert row["choices"] == CHOICES
+    assert row["answer"] == CHOICES[0]
+    assert row["audio"].cells is cells
+
+
 def test_a_plugin_is_trained_and_measured_beside_the_built_in_rewards(base_flags, bad, tmp_path):
     flags = [*base_flags, "--reward", f"{bad / 'r.py'}:length", "--output-dir", tmp_path]
     finish(*flags, "--run-name", "default", "--iterations", "1")

@@ -1447,3 +1447,20 @@ def test_every_flag_in_the_docs_exists():
         "--help",
     }
     assert named <= flags | others
+
+
+def test_a_plugin_that_writes_into_its_inputs_changes_nothing_else():
+    def writes(images, prompts, metadata):
+        images.zero_()
+        prompts.clear()
+        metadata[0].clear()
+        return [1.0, 2.0]
+
+    images, prompts, rows = torch.rand(2, 3, 4, 4), ["a", "b"], [{"n": 1}, {"n": 2}]
+    kept = images.clone()
+    assert sd3.score("writes", writes, images, prompts, rows).tolist() == [1, 2]
+    assert torch.equal(images, kept)
+    assert (prompts, rows) == (["a", "b"], [{"n": 1}, {"n": 2}])
+    for wrong in (lambda *_: None, lambda *_: ["x", "y"]):
+        with pytest.raises(sd3.InputError, match="--reward w"):
+            sd3.score("w", wrong, images, prompts, rows)
