@@ -2320,7 +2320,14 @@ def test_every_flag_and_name_in_the_docs_exists():
     flags = {f"--{name.replace('_', '-')}" for name in mmau.Args.__dataclass_fields__}
     text = DOCS.read_text()
     others = {"--nproc-per-node", "--help"}
-    others |= {"--gpu", "--modes", "--family", "--lengths", "--think-budgets"}  # of the benchmarks
+    others |= {
+        "--gpu",
+        "--modes",
+        "--steps",
+        "--family",
+        "--lengths",
+        "--think-budgets",
+    }  # of the benchmarks
     others.add("--no-keep-adapters")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | others
     for name in re.findall(r"`([a-z]+_[a-z_]+|[A-Z]+_[A-Z]+)`", text):
