@@ -75,7 +75,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import (
@@ -115,7 +115,6 @@ TASKS = ("sound", "music", "speech")  # of MMAU
 TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "tokens", "reasoning_tokens", *REWARDS}
 TAKEN_TAGS |= {"accuracy_untagged", *[f"accuracy_{task}" for task in TASKS]}
 PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-DIVERGED = "lower --learning-rate, or raise --beta0"
 # Mean difference of a completion's log-probabilities between sampler and training pass, in nats:
 # rounding stays below, another function is off by whole nats.
 SAMPLER_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -155,6 +154,16 @@ STOP_WORDS = {
 
 class InputError(ValueError):
     """What the user gave cannot work: one line that names the flag and the remedy."""
+
+
+@contextlib.contextmanager
+def naming(flag: str, remedy: str) -> Iterator[None]:
+    """What a library raises in here becomes one line with the flag and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise InputError(f"{flag}: {reason}; {remedy}") from error
 
 
 @dataclasses.dataclass
@@ -254,9 +263,8 @@ class Args:
     clip_eps: float = 0.2
     """clip the ratio to 1 +- this"""
     learning_rate: float = 5e-6
-    """AdamW (the published one-GPU preset for a LoRA); about 1e-6 for all weights"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """after five iterations of warm-up: constant, or a cosine to zero"""
+    """AdamW, after five iterations of warm-up (the published one-GPU preset for a LoRA); about 1e-6
+    for all weights"""
     weight_decay: float = 0.0
     """AdamW"""
     max_grad_norm: float = 1.0
@@ -337,13 +345,6 @@ def adrpo_statistics(coefficient: Tensor, advantage: Tensor, limit: float) -> di
     }
 
 
-def learning_rate(args: Args, iteration: int) -> float:
-    """Five iterations of warm-up, then constant or on a cosine to zero."""
-    decay = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
-    decay = decay if args.lr_schedule == "cosine" else 1.0
-    return args.learning_rate * min(1.0, iteration / 5) * decay
-
-
 # ----------------------------------------------------------------------------------------- rollout
 class Policy(NamedTuple):
     """The models of a run, and how they choose a token."""
@@ -418,10 +419,8 @@ def encode(processor, texts: list[str], waves: list[np.ndarray]) -> dict[str, Te
         room = ((longest + extractor.n_fft) // extractor.hop_length + 1) * extractor.hop_length
         audio["max_length"] = min(room, extractor.n_samples)
     options = {"text_kwargs": {"padding": True, "padding_side": "left"}, "audio_kwargs": audio}
-    try:
+    with naming("--model-id", "its processor gives no audio features"):
         inputs = dict(processor(text=texts, audio=waves, return_tensors="pt", **options))
-    except ValueError as error:
-        raise InputError(f"--model-id: its processor gives no audio features ({error})") from error
     token = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
     if "input_features" not in inputs or not (inputs["input_ids"] == token).any():
         raise InputError("--model-id: its processor gives no audio features: nothing is heard")
@@ -815,14 +814,12 @@ def score(completions: list[str], tokens: list[int], rows: list[dict], plugins: 
         prompts = [question_text(row, args.think_budget) for row in rows]
         # A function may write into what it gets.
         values = function(prompts, list(completions), copy.deepcopy(rows))
-        try:
-            rewards = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
-        except (TypeError, ValueError) as error:
-            raise InputError(f"--reward {name}: gave no list of floats ({error})") from error
-        if rewards.shape != (len(completions),) or not rewards.isfinite().all():
-            bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
-            raise InputError(f"--reward {name}: must give {len(rows)} finite floats ({bad})")
-        columns.append(rewards)
+        with naming(f"--reward {name}", f"it must give {len(rows)} finite floats"):
+            values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+            if values.shape != (len(rows),) or not values.isfinite().all():
+                bad = (~values.isfinite()).sum()
+                raise ValueError(f"it gave shape {list(values.shape)}, {bad} not finite")
+        columns.append(values)
     return torch.stack(columns, dim=1)
 
 
@@ -1022,13 +1019,10 @@ def read_questions(
     """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data. Raises
     InputError for what cannot be read, and as check_questions."""
     data = data or Data()
-    try:
+    kinds = "give .json, .jsonl, .csv, .parquet, a folder, or NAME[:CONFIGURATION][@REVISION] of "
+    kinds += f"the hub, and --{flag.replace('data', 'split')}"
+    with naming(f"--{flag} {spec}", kinds):
         rows, data.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        kinds = "a .json, .jsonl, .csv or .parquet file, a folder, or of the hub "
-        kinds += f"NAME[:CONFIGURATION][@REVISION], and --{flag.replace('data', 'split')}"
-        raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
     return check_questions(flag, spec, rows, data)
 
 
@@ -1187,17 +1181,12 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
     found before gigabytes are fetched. A folder has no commit. Raises InputError."""
     name, _, revision = spec.partition("@")
-    if any((Path(spec) / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if (Path(spec) / "config.json").is_file():
         return spec, None
-    try:
+    remedy = "give a folder with a config.json (of a LoRA: its base model, and --adapter) or a "
+    remedy += "NAME[@REVISION] of the hub; where it is gated, log in, with its licence accepted at "
+    with naming(f"{flag} {spec}", f"{remedy}https://huggingface.co/{name}"):
         path = hf_hub_download(name, "config.json", revision=revision or None)
-    except Exception as error:
-        remedy = (
-            "give a folder or a NAME[@REVISION] that is there; where it is gated, log in, with "
-        )
-        remedy += f"its licence accepted at https://huggingface.co/{name}"
-        reason = f"no config.json ({type(error).__name__}: {error})"
-        raise InputError(f"{flag} {spec}: {reason}; {remedy}") from error
     return name, Path(path).parent.name
 
 
@@ -1206,9 +1195,6 @@ def model_class(name: str, revision: str | None) -> type:
     thinker = Qwen2_5OmniThinkerForConditionalGeneration
     kinds = {"qwen2_audio": Qwen2AudioForConditionalGeneration, "qwen2_5_omni": thinker}
     kinds["qwen2_5_omni_thinker"] = thinker
-    if (Path(name) / "adapter_config.json").is_file():
-        remedy = "give its base model as --model-id and this folder as --adapter"
-        raise InputError(f"--model-id {name}: is a LoRA, not a model; {remedy}")
     kind = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).model_type
     if kind not in kinds:
         raise InputError(f"--model-id {name}: a {kind}; must be Qwen2.5-Omni or Qwen2-Audio")
@@ -1216,42 +1202,33 @@ def model_class(name: str, revision: str | None) -> type:
 
 
 def load_verified(kind, flag: str, source: tuple[str, str | None], **options) -> nn.Module:
-    """kind.from_pretrained, and of a LoRA's folder its base model with it. Raises InputError where
-    the library reports weights that are not in the files: they would be random."""
+    """kind.from_pretrained. Raises InputError where the library reports weights that are not in
+    the files: they would be random."""
     name, revision = source
-    lora = (Path(name) / "adapter_config.json").is_file()
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path if lora else name
     options |= {"revision": revision, "output_loading_info": True, "trust_remote_code": False}
-    try:
-        model, report = kind.from_pretrained(base, **options)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        raise InputError(f"{flag} {name}: cannot be loaded ({reason})") from error
-    model, brought = load_adapter(model, flag, name) if lora else (model, ())
+    with naming(f"{flag} {name}", "give what transformers can load without code of its own"):
+        model, report = kind.from_pretrained(name, **options)
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    missing = [key for key in missing if not key.startswith(tuple(brought))]  # the LoRA's own head
     if missing:
         lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
         raise InputError(f"{flag} {name}: {lost}")
     return model
 
 
-def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, list[str]]:
-    """The model with a trainable LoRA from a folder, and which whole modules came with it. Raises
-    InputError where it does not fit exactly."""
-    try:
+def load_adapter(model: nn.Module, folder: str) -> nn.Module:
+    """The model with a trainable LoRA from a folder. Raises InputError where it does not fit
+    exactly."""
+    with naming(f"--adapter {folder}", "give the folder of a LoRA, such as a run's final"):
         config = PeftConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise InputError(f"{flag} {folder}: is no folder of a LoRA ({error})") from error
+        weights = load_peft_weights(folder, device="cpu")
     config.inference_mode = False
     model = get_peft_model(model, config)
-    weights = load_peft_weights(folder, device="cpu")
     found = {name: part.shape for name, part in weights.items()}
     expected = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
     if wrong := sorted(expected.items() ^ found.items()):
-        raise InputError(f"{flag} {folder}: does not fit the model, such as {wrong[0]}")
+        raise InputError(f"--adapter {folder}: does not fit the model, such as {wrong[0]}")
     set_peft_model_state_dict(model, weights)
-    return model, config.modules_to_save or []
+    return model
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -1287,7 +1264,7 @@ def load_policy(args: Args, source: tuple, processor, longest: int, device, bf16
     model.generation_config = GenerationConfig(pad_token_id=pad)  # no penalties of the model's own
     model.requires_grad_(False)
     if args.adapter:
-        model, _ = load_adapter(model, "--adapter", args.adapter)
+        model = load_adapter(model, args.adapter)
     elif lora and not args.eval_only:
         targets = rf".*language_model\.layers\.\d+\..*\.({PROJECTIONS})"
         options = {"lora_alpha": args.lora_alpha, "target_modules": targets}
@@ -1380,11 +1357,9 @@ def create_run(args: Args, sources: dict, prompts_sha256: str) -> Path:
     versions = {"python": sys.version} | {lib.__name__: lib.__version__ for lib in libraries}
     record |= {"git_commit": None if failed else commit, "versions": versions}
     record |= {"sources": sources, "prompts_sha256": prompts_sha256}
-    try:
+    with naming("--output-dir, --run-name", "give a folder that can be written, and a new name"):
         (folder / "samples").mkdir(parents=True)
         (folder / "final").mkdir()
-    except OSError as error:
-        raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
     (folder / "args.json").write_text(json.dumps(record, indent=2, allow_nan=False))
     return folder
 
@@ -1414,17 +1389,18 @@ def find_run(args: Args) -> tuple[Args, Path, dict]:
 def lock_run(run_dir: Path) -> FileLock:
     """Hold the run until this process ends. Raises InputError where another writes it."""
     lock = FileLock(run_dir / ".lock")
-    try:
+    with naming(f"--resume {run_dir}", "another process is writing this run"):
         lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(f"--resume: another process is writing {run_dir}") from error
     return lock
 
 
 def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
-    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
+    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard. Raises
+    InputError for a figure that is not finite: nothing of such a step is saved."""
+    with naming(f"iteration {step}", "lower --learning-rate, or raise --beta0"):
+        line = json.dumps({"step": step, **record}, allow_nan=False)
     with (run_dir / "metrics.jsonl").open("a") as file:
-        print(json.dumps({"step": step, **record}, allow_nan=False), file=file, flush=True)
+        print(line, file=file, flush=True)
         os.fsync(file.fileno())  # a checkpoint counts on it
     for tag, value in record.items():
         if value is not None:
@@ -1449,23 +1425,22 @@ def load_checkpoint(run_dir: Path) -> dict:
     """The state in the newest checkpoint. Raises InputError for a damaged file."""
     path = run_dir / "checkpoint.pt"
     path = path if path.exists() else run_dir / "checkpoint-previous.pt"
-    try:
+    with naming(f"--resume: {path}", "delete it to go on from checkpoint-previous.pt"):
         damaged = zipfile.ZipFile(path).testzip()  # the check sums, which torch.load does not ask
         if damaged:
             raise ValueError(f"wrong check sum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        remedy = "delete it to go on from checkpoint-previous.pt"
-        raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """The trained weights and the optimiser, whole and on the CPU, split (FSDP) or not. Called by
-    every process."""
+    every process. Raises InputError for weights that are not finite."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, state = get_state_dict(model, optimizer, options=options)
     named = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
     weights = {name: tensor for name, tensor in weights.items() if named[name].requires_grad}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise InputError("--learning-rate: weights that are not finite; lower it")
     return {"weights": weights, "optimizer": state}
 
 
@@ -1637,8 +1612,8 @@ def main(args: Args) -> None:
         metrics = base
     writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
     if is_main and not resumed:
-        save_completions(run_dir / "samples/000000.json", writer, 0, said)
         log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
+        save_completions(run_dir / "samples/000000.json", writer, 0, said)
 
     bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
@@ -1671,7 +1646,7 @@ def main(args: Args) -> None:
 
         # ---- 3. updates on this rollout, in parts whose gradients add up to the gradient of the
         # mean over all completions
-        optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5)
         batch = Batch(inputs, tokens, kept)
         ref_logp = reference_log_probabilities(policy, batch, args)  # [N,C]
         old_logp = torch.zeros_like(ref_logp)
@@ -1713,14 +1688,7 @@ def main(args: Args) -> None:
             grad_norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             grad_norm = grad_norm.full_tensor() if args.fsdp else grad_norm
             totals["losses/grad_norm"] += grad_norm
-            loss = accelerator.reduce(totals["losses/total"], "mean")
-            if not (loss + grad_norm).isfinite():
-                raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
             optimizer.step()
-        shares = [p.to_local() if args.fsdp else p for p in trained]
-        finite = torch.tensor([float(all(p.isfinite().all() for p in shares))], device=device)
-        if accelerator.gather(finite).min() < 1:
-            raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
         renew_sampler(policy)
         updated = time.perf_counter()
 
@@ -1755,13 +1723,13 @@ def main(args: Args) -> None:
         if evaluated:
             metrics, scores, said = evaluate(policy, *evaluation)
             record |= {f"eval/{name}": value for name, value in metrics.items()}
+        if is_main:
+            log(run_dir, writer, iteration, record)
+            writer.add_histogram("adrpo/coefficient", coefficient, iteration)
         if is_main and evaluated:
             save_completions(run_dir / f"samples/{iteration:06d}.json", writer, iteration, said)
             if args.keep_adapters and policy.reference is None:
                 policy.model.save_pretrained(run_dir / f"adapters/{iteration:06d}")
-        if is_main:
-            log(run_dir, writer, iteration, record)
-            writer.add_histogram("adrpo/coefficient", coefficient, iteration)
         bar.set_postfix(accuracy=record["reward/accuracy"], kl=record["kl"])
         if last or iteration % args.save_every == 0:
             state = training_state(policy.model, optimizer)

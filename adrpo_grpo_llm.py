@@ -35,6 +35,7 @@ Without a GPU: benchmark/mini_world_llm.py makes a small trained world on which 
 learns in a minute. Equations, metrics, results, time and memory: docs/adrpo_grpo_llm.md.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -64,7 +65,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils import (
@@ -92,7 +93,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 SCRIPT = "adrpo_grpo_llm"
 TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std"}  # reward/* tags that are no reward's name
-DIVERGED = "lower --learning-rate, or raise --beta0"
 # Mean difference of a completion's log-probabilities between sampler and training pass, in nats:
 # rounding stays below, another function is off by whole nats.
 SAMPLER_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -100,6 +100,16 @@ SAMPLER_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 class InputError(ValueError):
     """What the user gave cannot work: one line that names the flag and the remedy."""
+
+
+@contextlib.contextmanager
+def naming(flag: str, remedy: str) -> Iterator[None]:
+    """What a library raises in here becomes one line with the flag and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise InputError(f"{flag}: {reason}; {remedy}") from error
 
 
 @dataclasses.dataclass
@@ -600,9 +610,7 @@ class RewardModel:
 
     def __init__(self, source: tuple[str, str | None], batch: int, device, dtype):
         kind, flag = AutoModelForSequenceClassification, "--reward-model"
-        lora = (Path(source[0]) / "adapter_config.json").is_file()
-        head = {"num_labels": 1} if lora else {}  # the base of a LoRA is a model of any head
-        self.model = load_verified(kind, flag, source, dtype=dtype, **head).to(device).eval()
+        self.model = load_verified(kind, flag, source, dtype=dtype).to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(source[0], revision=source[1])
         self.batch = batch
         config = self.model.config.get_text_config()
@@ -624,11 +632,9 @@ class RewardModel:
         messages = [*as_messages(prompt), {"role": "assistant", "content": completion}]
         if not self.tokenizer.chat_template:
             return "\n".join(message["content"] for message in messages)
-        try:
+        roles = [message["role"] for message in messages]
+        with naming("--reward-model", f"its chat template refuses {roles}"):
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:
-            roles = [message["role"] for message in messages]
-            raise InputError(f"--reward-model: its template refuses {roles} ({error})") from error
 
     def __call__(self, prompts: list, completions: list[str], rows: list[dict]) -> Tensor:
         texts = list(map(self.text, prompts, completions))
@@ -680,13 +686,11 @@ def score(judges: Judges, completions: list[str], rows: list[dict]) -> Tensor:
     for name, function in judges.rewards.items():
         own = copy.deepcopy(rows)  # a function may write into what it gets
         values = function([row["prompt"] for row in own], list(completions), own)
-        try:
+        with naming(f"--reward {name}", f"it must give {len(rows)} finite floats"):
             values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-        except (TypeError, ValueError) as error:
-            raise InputError(f"--reward {name}: gave no list of floats ({error})") from error
-        if values.shape != (len(rows),) or not values.isfinite().all():
-            bad = f"shape {list(values.shape)}, {(~values.isfinite()).sum()} not finite"
-            raise InputError(f"--reward {name}: must give {len(rows)} finite floats ({bad})")
+            if values.shape != (len(rows),) or not values.isfinite().all():
+                bad = (~values.isfinite()).sum()
+                raise ValueError(f"it gave shape {list(values.shape)}, {bad} not finite")
         columns.append(values)
     return torch.stack(columns, dim=1)
 
@@ -742,13 +746,10 @@ def usable_prompt(prompt) -> str | list[dict] | None:
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
     """Rows with different prompts in their order, the prompt (text or chat messages) under
     "prompt"; which rows are not used; the source with its commit. Raises InputError."""
-    try:
+    kinds = "give .txt, .jsonl, .json, .csv, .parquet, or NAME:CONFIGURATION@REVISION of the hub"
+    with naming(f"--{flag} {spec}", kinds):
         rows, source = read_source(spec, split)
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        kinds = f".txt, .jsonl, .json, .csv, .parquet, or --{flag} NAME:CONFIGURATION@REVISION"
-        raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
     found = list(dict.fromkeys(key for row in rows for key in row))
     known = [name for name in ("prompt", "question", "text", "messages") if name in found]
     column = column or next(iter(known), "prompt")
@@ -779,23 +780,20 @@ def encode_prompts(tokenizer, rows: list[dict], chat: bool, options: str = "{}")
     """Tokens of each row's prompt: plain text as it is, messages (and with `chat` everything)
     through the chat template with these options (JSON), ready for the assistant's turn. Raises
     InputError for a tokenizer without one."""
-    try:
+    with naming(f"--chat-template-kwargs {options}", "give a JSON object"):
         template = {"add_generation_prompt": True, "tokenize": False} | json.loads(options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--chat-template-kwargs {options}: give a JSON object") from error
     templated = [row for row in rows if chat or isinstance(row["prompt"], list)]
     if options != "{}" and not templated:
         raise InputError("--chat-template-kwargs: plain prompts go through no template; add --chat")
     if 0 < len(templated) < len(rows):
         raise InputError("--dataset: some prompts are plain text, some are messages; add --chat")
-    if templated and not tokenizer.chat_template:
-        remedy = "give an instruct model, or plain text prompts without --chat"
-        raise InputError(f"--model-id: its tokenizer has no chat template; {remedy}")
-    prompts = []
+    prompts, remedy = [], "give a model with a chat template, or plain prompts without --chat"
     for start in tqdm(range(0, len(rows), 1000), "tokenise", disable=len(rows) < 10_000):
         texts = [row["prompt"] for row in rows[start : start + 1000]]
         if templated:
-            texts = [tokenizer.apply_chat_template(as_messages(text), **template) for text in texts]
+            texts = list(map(as_messages, texts))
+            with naming("--model-id", remedy):
+                texts = tokenizer.apply_chat_template(texts, **template)
         # The template writes the special tokens itself.
         ids = tokenizer(texts, add_special_tokens=not templated).input_ids
         prompts += map(Prompt, rows[start : start + 1000], ids)
@@ -838,57 +836,43 @@ def find_model(flag: str, spec: str) -> tuple[str, str | None]:
     """Name and commit of NAME[@REVISION] of the hub, by its smallest file: a missing licence is
     found before gigabytes are fetched. A folder has no commit. Raises InputError."""
     name, _, revision = spec.partition("@")
-    if any((Path(spec) / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if (Path(spec) / "config.json").is_file():
         return spec, None
-    try:
+    remedy = "give a folder with a config.json (of a LoRA: its base model, and --adapter) or a "
+    remedy += "NAME[@REVISION] of the hub; where it is gated, log in, with its licence accepted at "
+    with naming(f"{flag} {spec}", f"{remedy}https://huggingface.co/{name}"):
         path = hf_hub_download(name, "config.json", revision=revision or None)
-    except Exception as error:
-        remedy = (
-            "give a folder or a NAME[@REVISION] that is there; where it is gated, log in, with "
-        )
-        remedy += f"its licence accepted at https://huggingface.co/{name}"
-        reason = f"no config.json ({type(error).__name__}: {error})"
-        raise InputError(f"{flag} {spec}: {reason}; {remedy}") from error
     return name, Path(path).parent.name
 
 
 def load_verified(kind, flag: str, source: tuple[str, str | None], **options) -> nn.Module:
-    """kind.from_pretrained, and of a LoRA's folder its base model with it. Raises InputError where
-    the library reports weights that are not in the files: they would be random."""
+    """kind.from_pretrained. Raises InputError where the library reports weights that are not in
+    the files: they would be random."""
     name, revision = source
-    lora = (Path(name) / "adapter_config.json").is_file()
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path if lora else name
     options |= {"revision": revision, "output_loading_info": True, "trust_remote_code": False}
-    try:
-        model, report = kind.from_pretrained(base, **options)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        raise InputError(f"{flag} {name}: cannot be loaded ({reason})") from error
-    model, brought = load_adapter(model, flag, name) if lora else (model, ())
+    with naming(f"{flag} {name}", "give what transformers can load without code of its own"):
+        model, report = kind.from_pretrained(name, **options)
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    missing = [key for key in missing if not key.startswith(tuple(brought))]  # the LoRA's own head
     if missing:
         lost = f"{len(missing)} weights are not in its files, such as {missing[0]}"
         raise InputError(f"{flag} {name}: {lost}")
     return model
 
 
-def load_adapter(model: nn.Module, flag: str, folder: str) -> tuple[nn.Module, list[str]]:
-    """The model with a trainable LoRA from a folder, and which whole modules came with it. Raises
-    InputError where it does not fit exactly."""
-    try:
+def load_adapter(model: nn.Module, folder: str) -> nn.Module:
+    """The model with a trainable LoRA from a folder. Raises InputError where it does not fit
+    exactly."""
+    with naming(f"--adapter {folder}", "give the folder of a LoRA, such as a run's final"):
         config = PeftConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise InputError(f"{flag} {folder}: is no folder of a LoRA ({error})") from error
+        weights = load_peft_weights(folder, device="cpu")
     config.inference_mode = False
     model = get_peft_model(model, config)
-    weights = load_peft_weights(folder, device="cpu")
     found = {name: part.shape for name, part in weights.items()}
     expected = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
     if wrong := sorted(expected.items() ^ found.items()):
-        raise InputError(f"{flag} {folder}: does not fit the model, such as {wrong[0]}")
+        raise InputError(f"--adapter {folder}: does not fit the model, such as {wrong[0]}")
     set_peft_model_state_dict(model, weights)
-    return model, config.modules_to_save or []
+    return model
 
 
 def check_lengths(config, args: Args) -> None:
@@ -907,9 +891,6 @@ def check_lengths(config, args: Args) -> None:
 def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Policy:
     """Model, sampler and reference on the device. All weights are trained in float32; below a LoRA
     in float32 the frozen ones have the precision of the run. Raises InputError."""
-    if (Path(source[0]) / "adapter_config.json").is_file():
-        remedy = "give its base model as --model-id and this folder as --adapter"
-        raise InputError(f"--model-id {source[0]}: is a LoRA, not a model; {remedy}")
     lora = args.lora_rank > 0 or args.adapter is not None
     dtype = torch.bfloat16 if bf16 and lora else torch.float32
     model = load_verified(AutoModelForCausalLM, "--model-id", source, dtype=dtype).to(device)
@@ -918,21 +899,18 @@ def load_policy(args: Args, source: tuple, tokenizer, device, bf16: bool) -> Pol
     stop = stop_tokens(model, tokenizer)
     # Qwen2 has 151,936 rows in its head, and 151,646 tokens.
     unreadable = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
-    unreadable[[token for token in tokenizer.get_vocab().values() if token < len(unreadable)]] = (
-        False
-    )
+    readable = [token for token in tokenizer.get_vocab().values() if token < len(unreadable)]
+    unreadable[readable] = False
     pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = GenerationConfig(pad_token_id=pad)  # no penalties of the model's own
     if args.adapter:
-        model, _ = load_adapter(model, "--adapter", args.adapter)
+        model = load_adapter(model, args.adapter)
     elif lora:
         targets = "all-linear" if args.lora_targets == ("all-linear",) else list(args.lora_targets)
         options = {"lora_alpha": args.lora_alpha, "target_modules": targets}
-        try:
-            lora_config = LoraConfig(r=args.lora_rank, task_type="CAUSAL_LM", **options)
+        lora_config = LoraConfig(r=args.lora_rank, task_type="CAUSAL_LM", **options)
+        with naming(f"--lora-targets {targets}", "name layers that are there, or all-linear"):
             model = get_peft_model(model, lora_config)
-        except ValueError as error:
-            raise InputError(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from error
     if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
         what = "its whole modules would train in bfloat16; add --precision fp32"
         raise InputError(f"--adapter {args.adapter}: {what}")
@@ -1023,11 +1001,9 @@ def create_run(args: Args, sources: dict, prompts_sha256: str) -> Path:
     versions = {"python": sys.version} | {lib.__name__: lib.__version__ for lib in libraries}
     record |= {"git_commit": None if failed else commit, "versions": versions}
     record |= {"sources": sources, "prompts_sha256": prompts_sha256}
-    try:
+    with naming("--output-dir, --run-name", "give a folder that can be written, and a new name"):
         (folder / "samples").mkdir(parents=True)
         (folder / "final").mkdir()
-    except OSError as error:
-        raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
     (folder / "args.json").write_text(json.dumps(record, indent=2, allow_nan=False))
     return folder
 
@@ -1057,17 +1033,18 @@ def find_run(args: Args) -> tuple[Args, Path, dict]:
 def lock_run(run_dir: Path) -> FileLock:
     """Hold the run until this process ends. Raises InputError where another writes it."""
     lock = FileLock(run_dir / ".lock")
-    try:
+    with naming(f"--resume {run_dir}", "another process is writing this run"):
         lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(f"--resume: another process is writing {run_dir}") from error
     return lock
 
 
 def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
-    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard."""
+    """Append one line of strict JSON to metrics.jsonl, and the same figures to TensorBoard. Raises
+    InputError for a figure that is not finite: nothing of such a step is saved."""
+    with naming(f"iteration {step}", "lower --learning-rate, or raise --beta0"):
+        line = json.dumps({"step": step, **record}, allow_nan=False)
     with (run_dir / "metrics.jsonl").open("a") as file:
-        print(json.dumps({"step": step, **record}, allow_nan=False), file=file, flush=True)
+        print(line, file=file, flush=True)
         os.fsync(file.fileno())  # a checkpoint counts on it
     for tag, value in record.items():
         if value is not None:
@@ -1092,23 +1069,22 @@ def load_checkpoint(run_dir: Path) -> dict:
     """The state in the newest checkpoint. Raises InputError for a damaged file."""
     path = run_dir / "checkpoint.pt"
     path = path if path.exists() else run_dir / "checkpoint-previous.pt"
-    try:
+    with naming(f"--resume: {path}", "delete it to go on from checkpoint-previous.pt"):
         damaged = zipfile.ZipFile(path).testzip()  # the check sums, which torch.load does not ask
         if damaged:
             raise ValueError(f"wrong check sum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        remedy = "delete it to go on from checkpoint-previous.pt"
-        raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """The trained weights and the optimiser, whole and on the CPU, split (FSDP) or not. Called by
-    every process."""
+    every process. Raises InputError for weights that are not finite."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, state = get_state_dict(model, optimizer, options=options)
     named = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
     weights = {name: tensor for name, tensor in weights.items() if named[name].requires_grad}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise InputError("--learning-rate: weights that are not finite; lower it")
     return {"weights": weights, "optimizer": state}
 
 
@@ -1236,8 +1212,8 @@ def main(args: Args) -> None:
         metrics = base
     writer = SummaryWriter(run_dir, purge_step=first + 1 if first else 0) if is_main else None
     if is_main and not resumed:
-        save_samples(run_dir, writer, 0, records)
         log(run_dir, writer, 0, {f"eval/{name}": value for name, value in metrics.items()})
+        save_samples(run_dir, writer, 0, records)
 
     bar = tqdm(range(first + 1, args.iterations + 1), args.method, disable=not is_main)
     for iteration in bar:
@@ -1310,14 +1286,7 @@ def main(args: Args) -> None:
             grad_norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             grad_norm = grad_norm.full_tensor() if args.fsdp else grad_norm
             totals["losses/grad_norm"] += grad_norm
-            loss = accelerator.reduce(totals["losses/total"], "mean")
-            if not (loss + grad_norm).isfinite():
-                raise InputError(f"iteration {iteration}: loss {loss:.3g}; {DIVERGED}")
             optimizer.step()
-        shares = [p.to_local() if args.fsdp else p for p in trained]
-        finite = torch.tensor([float(all(p.isfinite().all() for p in shares))], device=device)
-        if accelerator.gather(finite).min() < 1:
-            raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
         renew_sampler(policy)
         updated = time.perf_counter()
 
@@ -1354,13 +1323,13 @@ def main(args: Args) -> None:
         if evaluated:
             metrics, records = evaluate(policy, judges, heldout, tokenizer, accelerator, args)
             record |= {f"eval/{name}": value for name, value in metrics.items()}
+        if is_main:
+            log(run_dir, writer, iteration, record)
+            writer.add_histogram("adrpo/coefficient", coefficient, iteration)
         if is_main and evaluated:
             save_samples(run_dir, writer, iteration, records)
             if args.keep_adapters and policy.reference is None:
                 policy.model.save_pretrained(run_dir / f"adapters/{iteration:06d}")
-        if is_main:
-            log(run_dir, writer, iteration, record)
-            writer.add_histogram("adrpo/coefficient", coefficient, iteration)
         bar.set_postfix(reward=record["reward/mean"], kl=record["kl"], entropy=record["entropy"])
         if last or iteration % args.save_every == 0:
             state = training_state(policy.model, optimizer)

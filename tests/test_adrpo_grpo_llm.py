@@ -1205,40 +1205,13 @@ def rekey(source, target, rename, file="model.safetensors"):
     return target
 
 
-@torch.no_grad()
-def test_a_reward_adapter_brings_its_head(models, tmp_path):
-    """A LoRA of a classifier on a base model that has no head is whole with it; without it, a
-    random head would be what is trained on."""
-    headless = rekey(models("reward"), tmp_path / "base", lambda n: None if "score" in n else n)
-    model = AutoModelForSequenceClassification.from_pretrained(headless, num_labels=1)
+def test_a_loras_folder_is_no_model(models, tmp_path):
+    """Its base model alone would be another reward, or another policy."""
+    model = AutoModelForSequenceClassification.from_pretrained(models("reward"), num_labels=1)
     config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"])
-    lora = peft.get_peft_model(model, config).eval()
-    torch.nn.init.normal_(next(p for n, p in lora.named_parameters() if "lora_B" in n))
-    lora.save_pretrained(tmp_path / "lora")
-    tiny_models.make_tokenizer(tmp_path / "lora", bos=True, adds_bos=True)
-    reward = llm.RewardModel((str(tmp_path / "lora"), None), 3, CPU, torch.float32)
-    ids = reward.tokenizer(reward.text("the cat", "sees"), add_special_tokens=False).input_ids
-    expected = lora(input_ids=torch.tensor([ids])).logits.item()
-    assert reward(["the cat"], ["sees"], [{}]).tolist() == pytest.approx([expected], abs=1e-5)
-    with pytest.raises(llm.InputError, match="--reward-model"):
-        llm.RewardModel((str(headless), None), 3, CPU, torch.float32)
-    cut, file = tmp_path / "cut", "adapter_model.safetensors"
-    rekey(tmp_path / "lora", cut, lambda n: None if "score" in n else n, file)
-    with pytest.raises(llm.InputError, match="--reward-model"):
-        llm.RewardModel((str(cut), None), 3, CPU, torch.float32)
-
-
-def test_a_reward_adapter_on_a_plain_language_model(models, tmp_path):
-    """Its base says nothing of one logit."""
-    kind = AutoModelForSequenceClassification
-    model = kind.from_pretrained(models("llama"), num_labels=1)
-    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"])
-    lora = peft.get_peft_model(model, config).eval()
-    lora.save_pretrained(tmp_path / "lora")
-    tiny_models.make_tokenizer(tmp_path / "lora")
-    reward = llm.RewardModel((str(tmp_path / "lora"), None), 3, CPU, torch.float32)
-    ids = torch.tensor([[6, 9, 12]])
-    torch.testing.assert_close(reward.model(ids).logits, lora(ids).logits)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(llm.InputError, match="of a LoRA"):
+        llm.find_model("--reward-model", str(tmp_path / "lora"))
 
 
 def test_a_reward_that_writes_into_its_inputs_changes_nothing_else():
