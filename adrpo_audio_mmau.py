@@ -78,11 +78,6 @@ from accelerate.utils import gather_object
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import (
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -314,15 +309,7 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return limited.exp() * (1 + difference - limited) - difference - 1
 
 
-def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor,
-    advantage: Tensor,
-    coefficient: Tensor,
-    mask: Tensor,
-    clip_eps: float,
-) -> Tensor:
+def grpo_loss(logp, old_logp, ref_logp, advantage, coefficient, mask, clip_eps: float) -> Tensor:
     """Mean over completions of the mean over their tokens of
     -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL (GRPO, eq. 3; ADRPO, eq. 7). logp,
     old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
@@ -1220,14 +1207,14 @@ def load_adapter(model: nn.Module, folder: str) -> nn.Module:
     exactly."""
     with naming(f"--adapter {folder}", "give the folder of a LoRA, such as a run's final"):
         config = PeftConfig.from_pretrained(folder)
-        weights = load_peft_weights(folder, device="cpu")
+        weights = peft.load_peft_weights(folder, device="cpu")
     config.inference_mode = False
     model = get_peft_model(model, config)
     found = {name: part.shape for name, part in weights.items()}
-    expected = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
+    expected = {name: part.shape for name, part in peft.get_peft_model_state_dict(model).items()}
     if wrong := sorted(expected.items() ^ found.items()):
         raise InputError(f"--adapter {folder}: does not fit the model, such as {wrong[0]}")
-    set_peft_model_state_dict(model, weights)
+    peft.set_peft_model_state_dict(model, weights)
     return model
 
 

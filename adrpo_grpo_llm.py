@@ -68,11 +68,6 @@ from accelerate.utils import gather_object
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.utils import (
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -154,7 +149,7 @@ class Args:
     dataset_split: str | None = None
     """split of a hub data set, of --eval-dataset too; default: its first"""
     chat: bool = False
-    """wrap plain text prompts in the model's chat template; lists of messages always are"""
+    """wrap plain text prompts in the model's chat template, as lists of messages always are"""
     chat_template_kwargs: str = "{}"
     """JSON for the chat template, such as '{"enable_thinking": false}' (Qwen3)"""
     eval_dataset: str | None = None
@@ -262,15 +257,7 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return limited.exp() * (1 + difference - limited) - difference - 1
 
 
-def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor,
-    advantage: Tensor,
-    coefficient: Tensor,
-    mask: Tensor,
-    clip_eps: float,
-) -> Tensor:
+def grpo_loss(logp, old_logp, ref_logp, advantage, coefficient, mask, clip_eps: float) -> Tensor:
     """Mean over completions of the mean over their tokens of
     -min(ratio A, clip(ratio, 1 +- eps) A) + coefficient * KL (GRPO, eq. 3; ADRPO, eq. 7). logp,
     old_logp, ref_logp, mask [B,T], advantage, coefficient [B] -> scalar."""
@@ -777,16 +764,14 @@ class Prompt(NamedTuple):
 
 
 def encode_prompts(tokenizer, rows: list[dict], chat: bool, options: str = "{}") -> list[Prompt]:
-    """Tokens of each row's prompt: plain text as it is, messages (and with `chat` everything)
-    through the chat template with these options (JSON), ready for the assistant's turn. Raises
-    InputError for a tokenizer without one."""
+    """Tokens of each row's prompt: plain text as it is; with `chat`, or where one is a list of
+    messages, all through the chat template with these options (JSON), ready for the assistant's
+    turn. Raises InputError for a tokenizer without one."""
     with naming(f"--chat-template-kwargs {options}", "give a JSON object"):
         template = {"add_generation_prompt": True, "tokenize": False} | json.loads(options)
-    templated = [row for row in rows if chat or isinstance(row["prompt"], list)]
+    templated = chat or any(isinstance(row["prompt"], list) for row in rows)
     if options != "{}" and not templated:
         raise InputError("--chat-template-kwargs: plain prompts go through no template; add --chat")
-    if 0 < len(templated) < len(rows):
-        raise InputError("--dataset: some prompts are plain text, some are messages; add --chat")
     prompts, remedy = [], "give a model with a chat template, or plain prompts without --chat"
     for start in tqdm(range(0, len(rows), 1000), "tokenise", disable=len(rows) < 10_000):
         texts = [row["prompt"] for row in rows[start : start + 1000]]
@@ -819,10 +804,10 @@ def load_prompts(args: Args, tokenizer) -> tuple[list[Prompt], list[Prompt], str
         if not train:
             remedy = "one prompt cannot be split; give --eval-dataset"
             raise InputError(f"--dataset {args.dataset}: {remedy}")
+    prompts = encode_prompts(tokenizer, [*train, *heldout], args.chat, args.chat_template_kwargs)
     kept = []
-    for rows in (train, heldout):
-        prompts = encode_prompts(tokenizer, rows, args.chat, args.chat_template_kwargs)
-        kept.append([one for one in prompts if 0 < len(one.ids) <= args.max_prompt_length])
+    for rows in (prompts[: len(train)], prompts[len(train) :]):
+        kept.append([one for one in rows if 0 < len(one.ids) <= args.max_prompt_length])
         longer = f"{len(rows) - len(kept[-1])} prompts of more than {args.max_prompt_length} tokens"
         if not kept[-1]:
             raise InputError(f"--max-prompt-length: {longer}, and no other")
@@ -864,14 +849,14 @@ def load_adapter(model: nn.Module, folder: str) -> nn.Module:
     exactly."""
     with naming(f"--adapter {folder}", "give the folder of a LoRA, such as a run's final"):
         config = PeftConfig.from_pretrained(folder)
-        weights = load_peft_weights(folder, device="cpu")
+        weights = peft.load_peft_weights(folder, device="cpu")
     config.inference_mode = False
     model = get_peft_model(model, config)
     found = {name: part.shape for name, part in weights.items()}
-    expected = {name: part.shape for name, part in get_peft_model_state_dict(model).items()}
+    expected = {name: part.shape for name, part in peft.get_peft_model_state_dict(model).items()}
     if wrong := sorted(expected.items() ^ found.items()):
         raise InputError(f"--adapter {folder}: does not fit the model, such as {wrong[0]}")
-    set_peft_model_state_dict(model, weights)
+    peft.set_peft_model_state_dict(model, weights)
     return model
 
 

@@ -1318,7 +1318,8 @@ def test_chat_messages_and_chat_flag_are_the_stock_template(models, again, tmp_p
     rows = [{"prompt": talk}, {"prompt": PROMPTS[1]}]
     stock = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True)
     expected = [stock(one)["input_ids"] for one in (talk, messages[1])]
-    assert [prompt.ids for prompt in llm.encode_prompts(tokenizer, rows, True)] == expected
+    for chat in (True, False):  # a list among them puts all through the template
+        assert [prompt.ids for prompt in llm.encode_prompts(tokenizer, rows, chat)] == expected
     plain = llm.encode_prompts(tokenizer, rows[1:], False)
     assert plain[0].ids == tokenizer(PROMPTS[1]).input_ids
     tokenizer.chat_template += "{% if quiet %}not{% endif %}"
@@ -1412,8 +1413,6 @@ def bad(models, runs, tmp_path_factory):
         "def none(p, c, r):\n    pass\n"
         "def text(p, c, r):\n    return c\n"
     )
-    mixed = [*chats[:3], {"prompt": "the dog"}]
-    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     (folder / "folder").mkdir()
     cut = shutil.copytree(models("world"), folder / "cut")
     (cut / "model.safetensors").write_bytes(b"nothing")
@@ -1440,7 +1439,7 @@ BAD = """
 --max-prompt-length 16 --dataset {bad}/long.txt | --max-prompt-length 125 |
 --reward {bad}/no.py:words | --reward words | --reward {bad}/mine.py:nan |
 --reward {bad}/mine.py:short | --reward {bad}/mine.py:mean | --reward {bad}/mine.py:none |
---reward {bad}/mine.py:text | --reward {bad}/mine.py:wrods | --dataset {bad}/mixed.jsonl |
+--reward {bad}/mine.py:text | --reward {bad}/mine.py:wrods |
 --lora-targets nothing --lora-rank 4 | --lora-rank 4 --adapter {bad}/lora |
 --adapter {bad}/folder | --chat-template-kwargs [1] | --chat-template-kwargs {{"a":1}} |
 --reward {bad}/mine.py:words {files}/mine.py:words | --reward-model {bad}/headless |
