@@ -29,8 +29,9 @@ the gradient's norm clipped at 1, is a finding, not a method. adrpo and fixed wi
 the same gradient at v = v_ref and part only where v has left it.
 
 `toy`: 45 iterations (half of the default: adrpo has its reward after 20), otherwise the defaults;
-strengths as listed in TOY (adrpo-more, the ends of adrpo's line, was added after the first seed:
-without it the others lay outside); base models of the seeds 1 to 3, trained here. `images`: 25
+strengths as listed in TOY. Added after the first seeds: adrpo-more, the ends of adrpo's line,
+without which the others lay outside; and, since fixed-raw was better than adrpo, both over 180
+iterations (*-long), to see whether it stays bounded. Base models of the seeds 1 to 3, trained here. `images`: 25
 iterations (half of the sweep's), 8 images a held-out prompt instead of 16, otherwise
 benchmark/sd3_mini.sh's flags; seeds 1 to 3.
 
@@ -206,6 +207,8 @@ TOY = {
     "positive": ("positive", {"beta0": (0.1, 0.3)}),
     "fixed-raw": ("fixed", {"beta0": (0.1,)}),
     "weighted-raw": ("weighted", {"beta0": (0.1,)}),
+    "adrpo-long": ("", {"beta0": (0.1,), "iterations": 180}),
+    "fixed-raw-long": ("fixed", {"beta0": (0.1,), "iterations": 180}),
 }
 IMAGES = {
     "adrpo-0.1": ("", {"beta0": 0.1, "adv_clip_k": 10.0}),
@@ -230,10 +233,10 @@ def run_toy(args: Args) -> None:
     for seed in args.seeds or (1, 2, 3):
         base = args.runs / f"adrpo--seed{seed}"
         for setting, (kind, flags) in TOY.items():
-            options = {"methods": ("adrpo",)} | flags
+            options = {"methods": ("adrpo",)}
             options |= {"output_dir": str(args.runs), "run_name": f"{setting}--seed{seed}"}
             options |= {"seed": seed, "dataset": "mnist", "data_dir": args.data_dir}
-            options |= {"iterations": args.iterations or 45, "eval_every": 45}
+            options |= {"iterations": args.iterations or 45, "eval_every": 45} | flags
             if setting != "adrpo":
                 options["pretrained"] = str(base)
             run(toy, toy.Args(**options), kind, toy.Args.tau)
@@ -425,6 +428,7 @@ def write_table(args: Args) -> None:
     out, everything, text = args.out, [], ["# Which of ADRPO's two parts does the work", ""]
     parts = {part: flow_rows(args.runs, part) for part in ("toy", "images", "orw")}
     differences = {"toy": [], "images": [], "orw": []}
+    differences["toy"] += [("fixed-raw-0.1", "adrpo-0.1"), ("fixed-raw-long-0.1", "adrpo-long-0.1")]
     differences["orw"] = [(f"online-{tau:g}", f"offline-{tau:g}") for tau in TAUS[2:]]
     for beta0 in ("0.1", "0.3"):
         for part in ("toy", "images"):
