@@ -31,9 +31,9 @@ the same gradient at v = v_ref and part only where v has left it.
 `toy`: 45 iterations (half of the default: adrpo has its reward after 20), otherwise the defaults;
 strengths as listed in TOY. Added after the first seeds: adrpo-more, the ends of adrpo's line,
 without which the others lay outside; and, since fixed-raw was better than adrpo, both over 180
-iterations (*-long), to see whether it stays bounded. Base models of the seeds 1 to 3, trained here. `images`: 25
-iterations (half of the sweep's), 8 images a held-out prompt instead of 16, otherwise
-benchmark/sd3_mini.sh's flags; seeds 1 to 3.
+iterations (*-long), to see whether it stays bounded. Base models of the seeds 1 to 3, trained
+here. `images`: 25 iterations (half of the sweep's), 8 images a held-out prompt instead of 16,
+otherwise benchmark/sd3_mini.sh's flags; seeds 1 to 3.
 
 `orw`: two claims of ORW-CFM-W2, in the toy, without a divergence term (alpha = 0), the default 90
 iterations, base models of `toy` (run that first): tau = 0, 0.01, 10 (theirs) and 300 (the
