@@ -168,7 +168,7 @@ class Args:
     """orw with --alpha 0 has no divergence term (collapses), else it is ORW-CFM-W2"""
     iterations: int = 300
     """rollouts, each with its updates"""
-    updates_per_iteration: int = 2
+    updates_per_rollout: int = 2
     """optimiser steps on one rollout, each on all its images with fresh times and noise"""
     timesteps_per_sample: int = 2
     """points (s, noise) per image in each of these steps. More: less noise in the gradient"""
@@ -1103,7 +1103,7 @@ def main(args: Args) -> None:
         f"{type(pipe).__name__}: its transformer's time is {flow.offset} {flow.slope:+} s, sign "
         f"{flow.sign:+.0f}, velocity equal to {error:.0e}\n{len(train)} training prompts, "
         f"{len(heldout)} for evaluation; {note}\neach iteration {groups} prompts x {group} images, "
-        f"{args.updates_per_iteration} updates, {args.timesteps_per_sample} points an image in each"
+        f"{args.updates_per_rollout} updates, {args.timesteps_per_sample} points an image in each"
     )
     if group < 4:
         accelerator.print("warning: --group-size: the mean of so few images is a noisy baseline")
@@ -1189,7 +1189,7 @@ def main(args: Args) -> None:
         # gradients add up to the gradient of the mean over the whole update
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / 5)
         totals = defaultdict(float)
-        for _ in range(args.updates_per_iteration):
+        for _ in range(args.updates_per_rollout):
             s, noise = draw_points(rng, flow.shape, args, draws)
             s, noise = s[my_points].to(device), noise[my_points]
             optimizer.zero_grad(set_to_none=True)
@@ -1231,7 +1231,7 @@ def main(args: Args) -> None:
         if not all(parameter.isfinite().all() for parameter in lora):
             raise InputError(f"iteration {iteration}: weights are no finite numbers; {DIVERGED}")
         for tag, total in totals.items():
-            record[tag] = accelerator.reduce(total, "mean").item() / args.updates_per_iteration
+            record[tag] = accelerator.reduce(total, "mean").item() / args.updates_per_rollout
         updated = time.perf_counter()
 
         # ---- 4. log, evaluate, save

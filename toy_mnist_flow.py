@@ -116,7 +116,7 @@ class Args:
     """iterations between evaluations on fixed noise; before it, also after 1, 2, 4, 8, ..."""
     eval_samples: int = 1024
     """samples per evaluation (the Fréchet distance depends on it: compare only equal ones)"""
-    updates_per_iteration: int = 8
+    updates_per_rollout: int = 8
     """optimiser steps on one rollout, each on all its samples with fresh noise and times (ours)"""
     learning_rate: float = 3e-4
     """AdamW's peak: five iterations of warm-up, then a cosine to 5 % of it (ours)"""
@@ -792,7 +792,7 @@ def main(args: Args) -> None:
             decay = 0.05 + 0.95 * (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
             totals = defaultdict(float)
-            for _ in range(args.updates_per_iteration):
+            for _ in range(args.updates_per_rollout):
                 noise, t = noise_and_time(len(x1), generator, device)
                 if method == "dpo":  # a pair shares its noise and time
                     noise, t = noise.chunk(2)[0].repeat(2, 1), t.chunk(2)[0].repeat(2)
@@ -824,7 +824,7 @@ def main(args: Args) -> None:
                     if regularised:
                         totals["losses/divergence"] += mean_square(v - v_ref).mean()
             for tag, total in totals.items():
-                record[tag] = total.item() / args.updates_per_iteration
+                record[tag] = total.item() / args.updates_per_rollout
             updated = time.perf_counter()
 
             # ---- 4. log, evaluate

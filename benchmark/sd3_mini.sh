@@ -18,7 +18,7 @@ common="--cpu --precision fp32 --model-id $world/model --clip-model local-dir:$w
 common+=" --prompts $world/train_prompts.txt --eval-prompts $world/heldout_prompts.txt --max-sequence-length 8"
 common+=" --resolution 32 --guidance-scale 1 --num-steps 10 --eval-steps 10 --eval-images 16 --eval-max-prompts 31"
 common+=" --eval-metrics benchmark/mini_world_sd3.py:accepted --prompts-per-update 12 --group-size 8"
-common+=" --rollout-batch 96 --train-batch 96 --updates-per-iteration 2 --lora-rank 16"
+common+=" --rollout-batch 96 --train-batch 96 --updates-per-rollout 2 --lora-rank 16"
 common+=" --lora-alpha 16 --iterations 50 --eval-every 25 --save-every 1000"
 
 lines() { # one line per run: name, then its flags

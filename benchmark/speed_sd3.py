@@ -176,7 +176,7 @@ def small(folder: Path) -> None:
                     rollout_batch=count,
                     train_batch=count,
                     timesteps_per_sample=1,
-                    updates_per_iteration=UPDATES,
+                    updates_per_rollout=UPDATES,
                     lora_rank=16,
                     lora_alpha=16,
                     iterations=8,
@@ -299,7 +299,7 @@ def full(folder: Path, layers: int = 24, resolution: int = 512, cpu: bool = Fals
             phases = script_seconds(args, skip=1)
         images, points = (
             args.group_size,
-            args.group_size * args.timesteps_per_sample * args.updates_per_iteration,
+            args.group_size * args.timesteps_per_sample * args.updates_per_rollout,
         )
         print(
             f"{name}, {resolution} px, guidance {args.guidance_scale}, {args.num_steps} steps, "

@@ -361,7 +361,7 @@ def test_parts_of_a_batch_have_conditions_of_one_shape():
 @pytest.mark.parametrize("family", tiny_models.FLOW_FAMILIES)
 def test_other_families_are_tuned(models, base_flags, families, tmp_path, family, precision):
     flags = ["--model-id", families[family], "--precision", precision, "--output-dir", tmp_path]
-    flags += ["--run-name", "r", "--updates-per-iteration", "1"]
+    flags += ["--run-name", "r", "--updates-per-rollout", "1"]
     out = finish(*base_flags, "--max-sequence-length", "16", *flags)
     rows = read_metrics(tmp_path / "r")
     assert rows[1]["losses/divergence"] == 0 < rows[2]["losses/divergence"]
@@ -828,7 +828,7 @@ def test_metrics_of_a_run(runs, style):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_divergence_is_exactly_zero_before_the_first_step(models, base_flags, tmp_path, precision):
     flags = [
-        "--updates-per-iteration",
+        "--updates-per-rollout",
         "1",
         "--iterations",
         "1",
@@ -1388,7 +1388,7 @@ def test_a_non_finite_loss_stops_before_the_step(models, base_flags, tmp_path):
 
 
 def test_the_state_after_the_last_step_is_checked(models, base_flags, tmp_path):
-    flags = ["--learning-rate", "1e30", "--iterations", "1", "--updates-per-iteration", "1"]
+    flags = ["--learning-rate", "1e30", "--iterations", "1", "--updates-per-rollout", "1"]
     flags += ["--output-dir", tmp_path, "--run-name", "r"]
     line = refused(*base_flags, "--model-id", models["sd3"], *flags)
     assert "not finite numbers" in line or "no finite numbers" in line

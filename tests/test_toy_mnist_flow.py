@@ -51,7 +51,7 @@ TIMING = re.compile(r"charts/(seconds_.*|peak_memory_gb)")
 TINY = (
     "--dataset digits --device cpu --precision fp32 --classifier-steps 60 --autoencoder-steps 200"
 )
-TINY += " --flow-steps 250 --iterations 4 --group-size 16 --num-steps 3 --updates-per-iteration 2"
+TINY += " --flow-steps 250 --iterations 4 --group-size 16 --num-steps 3 --updates-per-rollout 2"
 TINY += " --eval-samples 32 --eval-every 2"
 TINY = TINY.split()
 FIVE = ["--methods", "orw", "adrpo", "raft", "dpo", "--alpha", "0", "0.2"]
@@ -1221,7 +1221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, plugin):
 @pytest.mark.parametrize("updates", ["1", "2"])
 def test_the_state_after_the_last_step_is_checked(short, updates):
     """With one update the loss before it is finite, and no rollout follows: its samples are not."""
-    flags = ("--learning-rate", "3e38", "--iterations", "1", "--updates-per-iteration", updates)
+    flags = ("--learning-rate", "3e38", "--iterations", "1", "--updates-per-rollout", updates)
     result = short("--methods", "adrpo", *flags)
     assert result.code != 0
     (error,) = errors_in(result)
