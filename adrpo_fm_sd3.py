@@ -49,7 +49,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple
 
 import accelerate
 import diffusers
@@ -62,6 +62,7 @@ import transformers
 import tyro
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
+from filelock import FileLock
 from huggingface_hub import hf_hub_download, is_offline_mode
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -72,22 +73,24 @@ from tqdm import tqdm
 SCRIPT = "adrpo_fm_sd3"
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 PROJECTIONS += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-TAKEN_TAGS = {
-    "mean",
-    "std",
-    "frac_reward_zero_std",
-    "reward",
-    "w2",
-    "latents",
-    "images",
-    "features",
-}
-TAKEN_TAGS |= {"clip_diversity", "clip_distance", "clip_diversity_ratio", "clip_distance_ratio"}
+TAKEN_TAGS = {"mean", "std", "frac_reward_zero_std", "reward", "w2"}
+TAKEN_TAGS |= {"latents", "images", "features", "clip_diversity", "clip_distance"}
+TAKEN_TAGS |= {"clip_diversity_ratio", "clip_distance_ratio"}
 DIVERGED = "lower --learning-rate or --beta-dpo, or raise --beta0 or --alpha"
 
 
 class InputError(ValueError):
     """What the user gave cannot work: one line that names the flag and the remedy."""
+
+
+@contextlib.contextmanager
+def naming(flag: str, remedy: str) -> Iterator[None]:
+    """What a library raises in here becomes one line with the flag and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise InputError(f"{flag}: {reason}; {remedy}") from error
 
 
 @dataclasses.dataclass
@@ -599,11 +602,8 @@ class Clip:
         # OpenAI's weights were trained with another GELU than the architecture of that name has.
         known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
         options = {"force_quick_gelu": bool(known.get("quick_gelu")), "device": device}
-        try:
+        with naming(f"--clip-model {name}, --clip-pretrained {pretrained}", "see open_clip's list"):
             model = open_clip.create_model(name, pretrained, require_pretrained=True, **options)
-        except Exception as error:
-            reason = f"{pretrained} cannot be loaded ({type(error).__name__}: {error})"
-            raise InputError(f"--clip-model {name}, --clip-pretrained {reason}") from error
         self.source = name if pretrained is None else f"{name}:{pretrained}"
         if known.get("hf_hub"):  # the folder of the file in the hub's cache is named by the commit
             self.source += f"@{Path(open_clip.download_pretrained(known)).parent.name}"
@@ -652,13 +652,11 @@ def score(name: str, function: Callable, images: Tensor, prompts: list, rows: li
     """One reward of images [B,3,H,W] -> float32 [B]. Raises InputError when it gives others."""
     # A function may write into what it gets.
     values = function(images.clone(), list(prompts), copy.deepcopy(rows))
-    try:
+    with naming(f"--reward {name}", f"it must give {len(images)} finite floats"):
         rewards = torch.as_tensor(values, dtype=torch.float32, device=images.device).detach()
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--reward {name}: gave no list of floats ({error})") from error
-    if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
-        bad = f"shape {list(rewards.shape)}, {(~rewards.isfinite()).sum()} not finite"
-        raise InputError(f"--reward {name}: must give {len(images)} finite floats ({bad})")
+        if rewards.shape != images.shape[:1] or not rewards.isfinite().all():
+            bad = (~rewards.isfinite()).sum()
+            raise ValueError(f"it gave shape {list(rewards.shape)}, {bad} not finite")
     return rewards
 
 
@@ -671,7 +669,7 @@ class Judges(NamedTuple):
     sources: dict[str, str]  # their models with their revisions, as far as they say
 
 
-def load_judges(args: Args, train: dict[str, dict], device: torch.device) -> Judges:
+def build_judges(args: Args, train: dict[str, dict], device: torch.device) -> Judges:
     """Rewards and metrics, tried on two grey images. Raises InputError where two have one tag."""
     plugins = {}
     for spec in (*args.reward, *[spec for spec in args.eval_metrics if spec not in args.reward]):
@@ -721,13 +719,10 @@ def read_rows(spec: str, split: str | None) -> tuple[list, str]:
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
     """Unique prompts in their order, each one's other columns, a note on rows that are not used,
     the source with its commit. Raises InputError where there is no prompt."""
-    try:
+    kinds = "give .txt, .jsonl, .json, .csv, .parquet, or NAME:CONFIGURATION@REVISION of the hub"
+    with naming(f"--{flag} {spec}", kinds):
         rows, source = read_rows(spec, split)
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error.__cause__ or error}"
-        kinds = "a .txt, .jsonl, .json, .csv or .parquet file, or NAME[:CONFIGURATION][@REVISION]"
-        raise InputError(f"--{flag} {spec}: cannot be read ({reason}); give {kinds}") from error
     columns = list(dict.fromkeys(key for row in rows for key in row))
     known = [name for name in ("prompt", "prompts", "text", "caption") if name in columns]
     column = column or next(iter(known), "prompt")
@@ -778,15 +773,10 @@ def find_model(spec: str) -> tuple[str, str | None]:
     name, _, revision = spec.partition("@")
     if (Path(spec) / "model_index.json").is_file():
         return spec, None
-    try:
+    remedy = "give a folder with a model_index.json or a NAME[@REVISION] of the hub; where it is "
+    remedy += f"gated, log in, with its licence accepted at https://huggingface.co/{name}"
+    with naming(f"--model-id {spec}", remedy):
         path = hf_hub_download(name, "model_index.json", revision=revision or None)
-    except Exception as error:
-        remedy = (
-            "give a folder or a NAME[@REVISION] that is there; where it is gated, log in, with "
-        )
-        remedy += f"its licence accepted at https://huggingface.co/{name}"
-        reason = f"no model_index.json ({type(error).__name__}: {error})"
-        raise InputError(f"--model-id {spec}: {reason}; {remedy}") from error
     return name, Path(path).parent.name
 
 
@@ -804,11 +794,8 @@ def load_pipeline(
         options = {"subfolder": part, "revision": revision, "output_loading_info": True}
         options["dtype"] = torch.float32 if part == "vae" else dtype
         options["local_files_only"] = is_offline_mode()  # else diffusers asks about shards
-        try:
+        with naming(f"--model-id {name}/{part}", "give a pipeline that diffusers can load"):
             network, report = kind.from_pretrained(name, **options)
-        except Exception as error:
-            reason = f"{part} cannot be loaded ({type(error).__name__}: {error})"
-            raise InputError(f"--model-id {name}: {reason}") from error
         # Of shards diffusers reports what the index promises; what the files lack stays empty.
         empty = {key for key, weight in network.named_parameters() if weight.is_meta}
         missing = sorted({*map(str, [*report["missing_keys"], *report["mismatched_keys"]]), *empty})
@@ -922,12 +909,9 @@ def create_run(args: Args, sources: dict[str, str]) -> Path:
     libraries = (torch, diffusers, transformers, peft, accelerate, open_clip)
     versions = {"python": sys.version} | {lib.__name__: lib.__version__ for lib in libraries}
     record |= {"git_commit": None if failed else commit, "versions": versions, "sources": sources}
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"--output-dir, --run-name: cannot create {folder} ({error})") from error
-    for part in ("samples", "final"):
-        (folder / part).mkdir()
+    with naming("--output-dir, --run-name", "give a folder that can be written, and a new name"):
+        (folder / "samples").mkdir(parents=True)
+        (folder / "final").mkdir()
     (folder / "args.json").write_text(json.dumps(record, indent=2))
     return folder
 
@@ -953,17 +937,12 @@ def find_run(args: Args) -> tuple[Args, Path, dict[str, str]]:
     return dataclasses.replace(stored, **pinned), folder, record["sources"]
 
 
-def lock_run(run_dir: Path) -> TextIO:
-    """A lock that lives as long as the returned file; InputError where another process has it."""
-    file = (run_dir / "args.json").open()
-    with contextlib.suppress(ImportError):  # on Windows nothing is locked
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"--resume: another process is writing {run_dir}") from error
-    return file
+def lock_run(run_dir: Path) -> FileLock:
+    """Hold the run until this process ends. Raises InputError where another writes it."""
+    lock = FileLock(run_dir / ".lock")
+    with naming(f"--resume {run_dir}", "another process is writing this run"):
+        lock.acquire(blocking=False)
+    return lock
 
 
 def log(run_dir: Path, writer: SummaryWriter, step: int, record: dict) -> None:
@@ -994,14 +973,11 @@ def load_checkpoint(run_dir: Path) -> dict:
     """The state in the newest checkpoint. Raises InputError for a damaged file."""
     path = run_dir / "checkpoint.pt"
     path = path if path.exists() else run_dir / "checkpoint-previous.pt"
-    try:
+    with naming(f"--resume: {path}", "delete it to go on from checkpoint-previous.pt"):
         damaged = zipfile.ZipFile(path).testzip()  # the check sums, which torch.load does not ask
         if damaged:
             raise ValueError(f"wrong check sum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        remedy = "delete it to go on from checkpoint-previous.pt"
-        raise InputError(f"--resume: {path} cannot be read ({error}); {remedy}") from error
 
 
 def save_lora(folder: Path, pipe: DiffusionPipeline) -> None:
@@ -1070,7 +1046,7 @@ def main(args: Args) -> None:
     # What is small and may be refused comes before what is large.
     model_name, commit = find_model(args.model_id)
     train, heldout, note, sources = load_prompts(args)
-    judges = load_judges(args, train, device)
+    judges = build_judges(args, train, device)
     sources |= {"model_id": f"{model_name}@{commit}" if commit else model_name, **judges.sources}
     if resumed and sources != recorded:
         changed = [name for name in sources | recorded if sources.get(name) != recorded.get(name)]
