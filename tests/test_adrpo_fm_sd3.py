@@ -657,7 +657,7 @@ def test_imagereward_is_loaded_strictly(monkeypatch, tmp_path, images):
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, math.nan, 0, 0]])
 def test_a_wrong_reward_is_named(images, values):
-    with pytest.raises(sd3.InputError, match="--reward mine: must give 4 finite floats"):
+    with pytest.raises(sd3.InputError, match="--reward mine: .*must give 4 finite floats"):
         sd3.score("mine", lambda *_: values, images, PROMPTS[:4], [{}] * 4)
 
 
@@ -723,7 +723,7 @@ def test_a_configuration_of_a_dataset_can_be_named(tmp_path):
     )
     (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
     assert read(f"{tmp_path / 'set'}:other")[0] == ["other"]
-    with pytest.raises(sd3.InputError, match=r"main.*NAME\[:CONFIGURATION\]"):
+    with pytest.raises(sd3.InputError, match=r"main.*NAME:CONFIGURATION"):
         read(tmp_path / "set")
 
 
@@ -782,7 +782,7 @@ def test_a_run_leaves_everything_behind(runs, style):
     }
     expected |= {f"samples/{step:06d}.png" for step in range(3)} | {"samples/prompts.txt"}
     expected |= {f"samples/final/{p:04d}_{i:02d}.png" for p in range(2) for i in range(2)}
-    expected |= {"checkpoint.pt", "checkpoint-previous.pt"}
+    expected |= {".lock", "checkpoint.pt", "checkpoint-previous.pt"}
     expected |= {f"adapters/{step:06d}/pytorch_lora_weights.safetensors" for step in (1, 2)}
     assert {name for name in names if "tfevents" not in name} == expected
     record = json.loads((run / "args.json").read_text())
@@ -1273,7 +1273,7 @@ def test_a_revision_is_recorded_by_its_commit_and_used_again(
     assert result.returncode == 0, result.stderr[-2000:]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert sd3.find_model(f"some/model@{commits[0]}") == ("some/model", commits[0])
-    with pytest.raises(sd3.InputError, match="some/model@nosuch: no model_index.json"):
+    with pytest.raises(sd3.InputError, match="--model-id some/model@nosuch"):
         sd3.find_model("some/model@nosuch")
 
 
