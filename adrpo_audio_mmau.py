@@ -117,34 +117,26 @@ LETTER = re.compile(r"\(([A-Z])\)\s*(?=\S)|([A-Z])[.)]\s+(?=\S)")  # before a ch
 
 # CESAR's keyword reward, our lists: a part is the number of different entries found over the number
 # that makes it 1.
-# fmt: off
-PATTERN_WORDS = [
-    "first", "second", "third", "then", "next", "finally", "compare", "compared", "unlike",
-    "whereas", "rather", "eliminate", "option",
-]
-LOGIC_WORDS = [
-    "because", "therefore", "since", "so", "thus", "hence", "if", "implies", "suggests",
-    "indicates", "evidence", "consistent",
-]
-DOMAIN_WORDS = [
-    "frequency", "pitch", "tempo", "rhythm", "beat", "timbre", "harmonic", "harmonics", "melody",
-    "chord", "key", "scale", "interval", "bass", "treble", "octave", "loudness", "amplitude",
-    "volume", "noise", "echo", "reverberation", "spectrum", "duration", "pause", "silence", "onset",
-    "voice", "speaker", "accent", "intonation", "prosody", "stress", "vowel", "consonant",
-    "formant", "syllable", "engine", "rain", "wind", "water", "bird", "animal", "machine",
-    "footsteps",
-]
+PATTERN_WORDS = """
+    first second third then next finally compare compared unlike whereas rather eliminate option
+"""
+LOGIC_WORDS = """
+    because therefore since so thus hence if implies suggests indicates evidence consistent
+"""
+DOMAIN_WORDS = """
+    frequency pitch tempo rhythm beat timbre harmonic harmonics melody chord key scale interval
+    bass treble octave loudness amplitude volume noise echo reverberation spectrum duration pause
+    silence onset voice speaker accent intonation prosody stress vowel consonant formant syllable
+    engine rain wind water bird animal machine footsteps
+"""
 FULL_MARKS = 3  # different entries of a list that make its part 1
 # Words that carry no concept, left out of the consistency reward's sets.
-STOP_WORDS = {
-    "a", "an", "the", "is", "are", "was", "were", "be", "been", "it", "its", "this", "that",
-    "these", "those", "of", "in", "on", "at", "to", "from", "by", "for", "with", "and", "or", "not",
-    "no", "as", "i", "you", "he", "she", "they", "we", "my", "your", "his", "her", "their", "our",
-    "me", "him", "them", "us", "do", "does", "did", "have", "has", "had", "can", "could", "would",
-    "should", "will", "may", "might", "must", "what", "which", "who", "whom", "how", "why", "when",
-    "where", "there", "here", "then", "than", "so", "if", "about", "into", "over",
-}
-# fmt: on
+STOP_WORDS = """
+    a an the is are was were be been it its this that these those of in on at to from by for with
+    and or not no as i you he she they we my your his her their our me him them us do does did
+    have has had can could would should will may might must what which who whom how why when where
+    there here then than so if about into over
+"""
 
 
 class InputError(ValueError):
@@ -714,7 +706,7 @@ def words(text: str) -> list[str]:
 
 def concepts(text: str) -> set[str]:
     """Its different words without STOP_WORDS."""
-    return set(words(text)) - STOP_WORDS
+    return {*words(text)} - {*words(STOP_WORDS)}
 
 
 def block(text: str, tag: str) -> str:
@@ -776,7 +768,7 @@ def reward_keywords(completion: str) -> float:
     over FULL_MARKS, at most 1 (CESAR's three parts; lists and cap ours): 0 to 3."""
     reasoning = set(words(block(completion, "think")))
     lists = (PATTERN_WORDS, LOGIC_WORDS, DOMAIN_WORDS)
-    return sum(min(1.0, len(reasoning & set(entries)) / FULL_MARKS) for entries in lists)
+    return sum(min(1.0, len(reasoning & {*words(entries)}) / FULL_MARKS) for entries in lists)
 
 
 def reward_overthinking(tokens: int, longest: int) -> float:
@@ -978,39 +970,29 @@ def normalise(row: dict) -> dict:
     return row | parts
 
 
-def check_questions(flag: str, spec: str, rows: list[dict], data: Data | None = None) -> list[dict]:
-    """The rows that can be used, as ours, with an id; the others go to `data.skipped`. Raises
-    InputError where none can."""
-    data, questions, seen = data or Data(), [], set()
-    for number, row in enumerate(rows):
-        try:
-            question = {"id": number} | normalise(row)
-            question["id"] = str(question["id"])
-            if question["id"] in seen:
-                raise ValueError(f"its id {question['id']} is there twice")
-        except (ValueError, TypeError, AttributeError, SyntaxError) as error:
-            data.skipped.append({"flag": f"--{flag}", "row": number, "reason": str(error)})
-            continue
-        seen.add(question["id"])
-        questions.append(question)
-    if not questions:
-        reason = f"row 0: {data.skipped[-len(rows)]['reason']}" if rows else "it is empty"
-        what = f"none of its {len(rows)} rows can be used ({reason})"
-        raise InputError(f"--{flag} {spec}: {what}; a row is audio, question, choices, answer")
-    return questions
-
-
-def read_questions(
-    flag: str, spec: str, split: str | None = None, data: Data | None = None
-) -> list[dict]:
-    """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data. Raises
-    InputError for what cannot be read, and as check_questions."""
-    data = data or Data()
+def read_questions(flag: str, spec: str, split: str | None, data: Data) -> list[dict]:
+    """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data; those that
+    cannot be used go to `data.skipped`. Raises InputError for what cannot be read, and where no row
+    can be used."""
     kinds = "give .json, .jsonl, .csv, .parquet, a folder, or NAME[:CONFIGURATION][@REVISION] of "
     kinds += f"the hub, and --{flag.replace('data', 'split')}"
     with naming(f"--{flag} {spec}", kinds):
         rows, data.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
-    return check_questions(flag, spec, rows, data)
+    questions, reason = {}, "it is empty"
+    for number, row in enumerate(rows):
+        try:
+            question = {"id": number} | normalise(row)
+            question["id"] = str(question["id"])
+            if question["id"] in questions:
+                raise ValueError(f"its id {question['id']} is there twice")
+            questions[question["id"]] = question
+        except (ValueError, TypeError, AttributeError, SyntaxError) as error:
+            reason = f"row {number}: {error}"
+            data.skipped.append({"flag": f"--{flag}", "row": number, "reason": str(error)})
+    if not questions:
+        what = f"none of its {len(rows)} rows can be used ({reason})"
+        raise InputError(f"--{flag} {spec}: {what}; a row is audio, question, choices, answer")
+    return list(questions.values())
 
 
 def opened(clip: Path | StoredClip) -> Path | io.BytesIO:
@@ -1065,16 +1047,11 @@ def judge_clip(clip: Path | StoredClip, seconds: float) -> tuple[str | None, boo
 
 
 def find_clips(
-    flag: str,
-    spec: str,
-    folder: str | None,
-    rows: list[dict],
-    data: Data | None = None,
-    seconds: float = 30.0,
+    flag: str, spec: str, folder: str | None, rows: list[dict], data: Data, seconds: float = 30.0
 ) -> list[Question]:
     """The questions whose clips can be used; the others go to `data.skipped`. Raises InputError
     where none can."""
-    data, root, clips = data or Data(), Path(folder or Path(spec).parent), []
+    root, clips = Path(folder or Path(spec).parent), []
     for row in rows:
         audio = row["audio"]
         stored = isinstance(audio, StoredClip)

@@ -52,6 +52,7 @@ import transformers
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCABULARY = (*"0123456789", "=", "<pad>", "<eos>")  # a digit's token number is the digit
@@ -256,7 +257,8 @@ def train(model: Qwen3ForCausalLM, task: str, heldout: Tensor, rare: float) -> i
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), fused=True)
     share = 0.5 if task == "trap" else 0.0  # of descending answers
     interval = INTERVAL
-    for step in range(1, MAX_STEPS + 1):
+    bar = tqdm(range(1, MAX_STEPS + 1), "train", leave=False, disable=None)
+    for step in bar:
         numbers = draw_numbers(BATCH, digits, heldout)
         loss = -answer_log_probs(
             model, with_answers(numbers, torch.rand(len(numbers)) < share)
@@ -268,6 +270,7 @@ def train(model: Qwen3ForCausalLM, task: str, heldout: Tensor, rare: float) -> i
         if step % interval:
             continue
         up, down = exact_rates(model, probe)
+        bar.set_postfix(ascending=up, descending=down)
         if up + down > CLOSE[task]:
             interval = CLOSE_INTERVAL[task]
             optimizer.param_groups[0]["lr"] = CLOSE_LEARNING_RATE[task]

@@ -304,7 +304,7 @@ def test_the_rule_by_hand(answer, prediction, choices, right):
 
 @real_data
 def test_the_rule_is_the_official_one_on_all_real_questions():
-    rows = mmau.read_questions("eval-data", str(DATA / "mmau-test-mini.json"))
+    rows = mmau.read_questions("eval-data", str(DATA / "mmau-test-mini.json"), None, mmau.Data())
     assert len(rows) == 1000
     assert {row["task"] for row in rows} == set(mmau.TASKS)
     counts = {True: 0, False: 0}
@@ -481,14 +481,14 @@ def test_rewards_by_hand_and_their_bounds():
     assert values.dtype == torch.float32
     same = "<think>owl crow bird</think><answer>owl crow bird</answer>"
     assert mmau.reward_consistency(same, row) == 2
-    every = " ".join([*mmau.PATTERN_WORDS, *mmau.LOGIC_WORDS, *mmau.DOMAIN_WORDS])
+    every = " ".join([mmau.PATTERN_WORDS, mmau.LOGIC_WORDS, mmau.DOMAIN_WORDS])
     assert mmau.reward_keywords(f"<think>{every} {every}</think>") == 3
     assert mmau.reward_keywords(f"<answer>{every}</answer>") == 0  # only reasoning counts
     # different entries
     assert mmau.reward_keywords("<think>so so so</think>") == pytest.approx(1 / 3)
     assert mmau.reward_consistency("<answer>owl</answer>", row) == 0
     assert mmau.overlap(set(), set()) == 0
-    lists = (mmau.PATTERN_WORDS, mmau.LOGIC_WORDS, mmau.DOMAIN_WORDS)
+    lists = [text.split() for text in (mmau.PATTERN_WORDS, mmau.LOGIC_WORDS, mmau.DOMAIN_WORDS)]
     # others could not be found
     assert all(mmau.words(entry) == [entry] for entries in lists for entry in entries)
     assert sum(map(len, lists)) == len(set().union(*lists))  # nothing counts twice
@@ -1558,15 +1558,16 @@ AVQA = [
 
 def test_every_layout_is_read(files, tmp_path):
     ours = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    data = mmau.Data()
     for name in ("a.jsonl", "a.json"):
-        rows = mmau.read_questions("train-data", write_rows(tmp_path / name, ours))
+        rows = mmau.read_questions("train-data", write_rows(tmp_path / name, ours), None, data)
         assert rows == [{"id": str(i), **row} for i, row in enumerate(ours)]
-    rows = mmau.read_questions("train-data", write_rows(tmp_path / "avqa.json", AVQA))
+    rows = mmau.read_questions("train-data", write_rows(tmp_path / "avqa.json", AVQA), None, data)
     assert [row["audio"] for row in rows] == ["-Hxj_9mKBM4_000030.wav", "clips/x_30.wav"]
     assert [row["answer"] for row in rows] == ["owl", "2"]  # a position, also among numbers
     assert rows[0]["choices"] == AVQA[0]["multi_choice"]
     assert rows[0]["question"] == "What made the audio sound?"
-    rows = mmau.read_questions("eval-data", str(files / "eval.json"))
+    rows = mmau.read_questions("eval-data", str(files / "eval.json"), None, mmau.Data())
     assert [(row["id"], row["audio"]) for row in rows[:1]] == [("q0", "./elsewhere/6.wav")]
     place, data = ("eval-data", str(files / "eval.json"), str(files / "wavs")), mmau.Data()
     found = mmau.find_clips(*place, rows, data)
@@ -1630,7 +1631,7 @@ def test_the_same_rows_in_every_container_are_the_same_questions(tmp_path):
     expected = None
     for spec in (*texts, "e.csv", "f.parquet", "f"):
         data = mmau.Data()
-        found = mmau.read_questions("train-data", str(tmp_path / spec), data=data)
+        found = mmau.read_questions("train-data", str(tmp_path / spec), None, data)
         found = [{name: row[name] for name in names} for row in found]
         expected = expected or found
         assert found == expected, spec
@@ -1962,7 +1963,7 @@ def test_clips_of_a_dataset_that_cannot_be_used_are_listed_by_id(eval_flags, hub
 
 
 def test_a_datasets_clips_are_not_held_in_memory(hub):
-    rows = mmau.read_questions("eval-data", str(hub / "mmau"))
+    rows = mmau.read_questions("eval-data", str(hub / "mmau"), None, mmau.Data())
     assert all(isinstance(row["audio"], mmau.StoredClip) for row in rows)
     (file,) = rows[0]["audio"].cells.cache_files
     assert file["filename"].endswith(".arrow")

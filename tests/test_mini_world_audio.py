@@ -219,7 +219,9 @@ def test_the_teacher_is_mostly_wrong_on_14_of_the_36_values():
 
 def test_files_are_what_the_script_reads(folder):
     rows = {
-        split: script.read_questions("train-data", str(folder / f"{split}.json"))
+        split: script.read_questions(
+            "train-data", str(folder / f"{split}.json"), None, script.Data()
+        )
         for split in ("train", "heldout")
     }
     assert {split: len(found) for split, found in rows.items()} == {"train": 72, "heldout": 36}
