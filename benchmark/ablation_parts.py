@@ -33,7 +33,8 @@ strengths as listed in TOY. Added after the first seeds: adrpo-more, the ends of
 without which the others lay outside; and, since fixed-raw was better than adrpo, both over 180
 iterations (*-long), to see whether it stays bounded. Base models of the seeds 1 to 3, trained
 here. `images`: 25 iterations (half of the sweep's), 8 images a held-out prompt instead of 16,
-otherwise benchmark/sd3_mini.sh's flags; seeds 1 to 3.
+otherwise benchmark/sd3_mini.sh's flags; seeds 1 to 3. Its fixed-raw (A clipped at +-1) was added
+after the others had been seen.
 
 `orw`: two claims of ORW-CFM-W2, in the toy, without a divergence term (alpha = 0), the default 90
 iterations, base models of `toy` (run that first): tau = 0, 0.01, 10 (theirs) and 300 (the
@@ -219,6 +220,8 @@ IMAGES = {
     "weighted-clip-0.3": ("weighted", {"beta0": 0.3, "adv_clip_k": CLIP}),
     "orw-0.3": ("", {"method": "orw", "alpha": 0.3}),
     "positive-0.1": ("positive", {"beta0": 0.1, "adv_clip_k": 10.0}),
+    "fixed-raw-0.1": ("fixed", {"beta0": 0.1, "adv_clip_k": 10.0}),
+    "fixed-raw-0.25": ("fixed", {"beta0": 0.25, "adv_clip_k": 4.0}),
 }
 LINE = ("base", "adrpo-more-0.02", "adrpo-more-1")
 LINE += tuple(f"adrpo-{beta0}" for beta0 in (0.05, 0.1, 0.25, 0.3, 0.5))
@@ -428,6 +431,7 @@ def write_table(args: Args) -> None:
     out, everything, text = args.out, [], ["# Which of ADRPO's two parts does the work", ""]
     parts = {part: flow_rows(args.runs, part) for part in ("toy", "images", "orw")}
     differences = {"toy": [], "images": [], "orw": []}
+    differences["images"] = [(f"fixed-raw-{b}", f"adrpo-{b}") for b in ("0.1", "0.25")]
     differences["toy"] += [("fixed-raw-0.1", "adrpo-0.1"), ("fixed-raw-long-0.1", "adrpo-long-0.1")]
     differences["orw"] = [(f"online-{tau:g}", f"offline-{tau:g}") for tau in TAUS[2:]]
     for beta0 in ("0.1", "0.3"):
