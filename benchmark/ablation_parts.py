@@ -500,7 +500,7 @@ def write_table(args: Args) -> None:
     out.with_suffix(".md").write_text("\n".join(text))
     columns = list(dict.fromkeys(key for row in everything for key in row))
     with out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(everything)
     print("\n".join(text))
