@@ -4,13 +4,13 @@
 # Parts, in this order, and hours on a quiet two-core CPU (m: measured, for our published figures; e: estimated from the
 # time of one run, not run as a whole):
 #   toy       1.2   the sweep of 110 fine-tunings (.9 m) and what adrpo's own choices are worth (.3 e)
-#   parts     1.4   which of ADRPO's two parts does the work (one process; e: 16 of its runs were measured)
+#   parts     2.8   which of ADRPO's two parts does the work (171 runs, one process, m)
 #   images    1.9   the world (.1 m), the sweep of 57 runs (1.2 m), variants and the digit reward (18 runs, .6 e)
 #   text       .7   four worlds (seconds), 152 runs of half a minute (e)
 #   audio     1.6   three worlds (.45 m, one after the other), 18 runs and their 42 evaluations (1.1 e)
 #   counts     .1   memory by fake tensors, kernels, the plug-ins' equality (e)
 #   speed      .5   seconds of a step of each script, alone on the machine (e)
-# About seven hours in all. Without PART: all but speed, which wants a quiet machine. DATA: MNIST's IDX files (default
+# About nine hours in all. Without PART: all but speed, which wants a quiet machine. DATA: MNIST's IDX files (default
 # data/mnist; the toy downloads them there). JOBS=1: one process at a time. A part that was stopped goes on from its
 # finished runs (toy: from the seed's beginning).
 # Tables and figures land in OUT/results under the names of benchmark/results: compare with diff. To each .md one line
@@ -101,7 +101,7 @@ audio() {
 }
 
 counts() {
-    for what in sd3 llm; do
+    for what in sd3 llm audio; do
         $python benchmark/memory.py $what --output "$results/memory_$what"
         stamp "$results/memory_$what.md" "python benchmark/memory.py $what"
     done
