@@ -970,15 +970,10 @@ def normalise(row: dict) -> dict:
     return row | parts
 
 
-def read_questions(flag: str, spec: str, split: str | None, data: Data) -> list[dict]:
-    """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data; those that
-    cannot be used go to `data.skipped`. Raises InputError for what cannot be read, and where no row
-    can be used."""
-    kinds = "give .json, .jsonl, .csv, .parquet, a folder, or NAME[:CONFIGURATION][@REVISION] of "
-    kinds += f"the hub, and --{flag.replace('data', 'split')}"
-    with naming(f"--{flag} {spec}", kinds):
-        rows, data.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
-    questions, reason = {}, "it is empty"
+def check_questions(flag: str, spec: str, rows: list[dict], data: Data | None = None) -> list[dict]:
+    """The rows that can be used, as ours, with an id; the others go to `data.skipped`. Raises
+    InputError where none can."""
+    data, questions, reason = data or Data(), {}, "it is empty"
     for number, row in enumerate(rows):
         try:
             question = {"id": number} | normalise(row)
@@ -993,6 +988,19 @@ def read_questions(flag: str, spec: str, split: str | None, data: Data) -> list[
         what = f"none of its {len(rows)} rows can be used ({reason})"
         raise InputError(f"--{flag} {spec}: {what}; a row is audio, question, choices, answer")
     return list(questions.values())
+
+
+def read_questions(
+    flag: str, spec: str, split: str | None = None, data: Data | None = None
+) -> list[dict]:
+    """Rows {id, audio, question, choices, answer, ...} of --train-data or --eval-data. Raises
+    InputError for what cannot be read, and as check_questions."""
+    data = data or Data()
+    kinds = "give .json, .jsonl, .csv, .parquet, a folder, or NAME[:CONFIGURATION][@REVISION] of "
+    kinds += f"the hub, and --{flag.replace('data', 'split')}"
+    with naming(f"--{flag} {spec}", kinds):
+        rows, data.sources[flag.replace("-", "_")] = read_rows(spec, split, flag == "eval-data")
+    return check_questions(flag, spec, rows, data)
 
 
 def opened(clip: Path | StoredClip) -> Path | io.BytesIO:
@@ -1047,11 +1055,16 @@ def judge_clip(clip: Path | StoredClip, seconds: float) -> tuple[str | None, boo
 
 
 def find_clips(
-    flag: str, spec: str, folder: str | None, rows: list[dict], data: Data, seconds: float = 30.0
+    flag: str,
+    spec: str,
+    folder: str | None,
+    rows: list[dict],
+    data: Data | None = None,
+    seconds: float = 30.0,
 ) -> list[Question]:
     """The questions whose clips can be used; the others go to `data.skipped`. Raises InputError
     where none can."""
-    root, clips = Path(folder or Path(spec).parent), []
+    data, root, clips = data or Data(), Path(folder or Path(spec).parent), []
     for row in rows:
         audio = row["audio"]
         stored = isinstance(audio, StoredClip)

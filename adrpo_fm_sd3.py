@@ -719,7 +719,7 @@ def read_rows(spec: str, split: str | None) -> tuple[list, str]:
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
     """Unique prompts in their order, each one's other columns, a note on rows that are not used,
     the source with its commit. Raises InputError where there is no prompt."""
-    kinds = "give .txt, .jsonl, .json, .csv, .parquet, or NAME:CONFIGURATION@REVISION of the hub"
+    kinds = f"give .txt, .jsonl, .json, .csv, .parquet, or --{flag} NAME:CONFIGURATION@REVISION"
     with naming(f"--{flag} {spec}", kinds):
         rows, source = read_rows(spec, split)
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]

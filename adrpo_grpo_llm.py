@@ -733,7 +733,7 @@ def usable_prompt(prompt) -> str | list[dict] | None:
 def load_rows(flag: str, spec: str, column: str | None, split: str | None):
     """Rows with different prompts in their order, the prompt (text or chat messages) under
     "prompt"; which rows are not used; the source with its commit. Raises InputError."""
-    kinds = "give .txt, .jsonl, .json, .csv, .parquet, or NAME:CONFIGURATION@REVISION of the hub"
+    kinds = f"give .txt, .jsonl, .json, .csv, .parquet, or --{flag} NAME:CONFIGURATION@REVISION"
     with naming(f"--{flag} {spec}", kinds):
         rows, source = read_source(spec, split)
         rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
